@@ -1,0 +1,161 @@
+"""Every setting of a run, its command line, and the recipes.
+
+A field of `Config` is a flag of train.py: `--lr 1e-3` or `--lr=1e-3`; its trailing comment is its help. A recipe is a row of
+overrides: `--recipe mnist`; flags that are given win over the recipe. The recipe in force travels with the weights.
+"""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+
+from objective import Objective
+
+
+@dataclass
+class Config:
+    # -- the run
+    recipe: str = "shapes"              # a row of config.RECIPES, listed below
+    out: str = ""                       # folder of the run; empty: runs/RECIPE
+    init_from: str = ""                 # start from, and be taught by, this model: a model.safetensors or the folder of a run
+    seed: int = 0                       # decides everything random
+    device: str = "auto"                # cuda, mps or cpu; auto: the first of these that is there
+    dtype: str = "auto"                 # of the matrix products: bfloat16 or float32; auto: bfloat16 where it is faster
+    compile: str = "auto"               # torch.compile, yes or no; auto: yes unless the device is mps
+    # -- data
+    data: str = "shapes"                # shapes, mnist, cifar10, folder:PATH or npz:PATH
+    data_dir: str = "data"              # where mnist and cifar10 are kept, and downloaded to
+    image_size: int = 0                 # side in pixels, for shapes and folders; 0: 32, or the data's own
+    labels: str = "all"                 # all; none: no classes; or one class, by name or number
+    workers: int = -1                   # processes that read data; -1: 0 on a cpu, 4 elsewhere
+    # -- network
+    model: str = "TiT-XXS/4"            # family-size/patch: DiT SiT LightningDiT TiT, XXS XS S B L XL, 1 2 4 8
+    # -- loss (objective.py)
+    transport: str = "linear"           # linear relinear trigflow triglinear edm random x-prediction epsilon-prediction ddpm
+    consistency_ratio: float = 0.0      # lambda: 0 many-step, 1 few-step
+    enhancement_ratio: float = 0.0      # zeta: how much guidance is trained in
+    enhancement_style: str = "none"     # ft-vs-fe (from nothing), fc-vs-fe or fc-vs-xz (from --init_from)
+    enhance_range: tuple = (0.0, 0.75)  # times at which enhancement works in full
+    huber: float = 0.0                  # c of the pseudo-Huber loss; 0: root mean square
+    cosine: bool = False                # add the cosine loss
+    weight: str = "cosine"              # time weight: cosine or none
+    beta: tuple = (1.0, 1.0, 1.0)       # t ~ Beta(theta1, theta2) * theta3
+    label_drop: float = 0.1             # probability of the null class
+    derivative: str = "fd"              # at lambda = 1: fd (central difference) or jvp (exact)
+    eps: float = 0.005                  # e of the central difference
+    # -- optimisation
+    steps: int = 2000                   # of training
+    batch_size: int = 64                # global: over all processes and accumulation steps; a multiple of 16
+    micro_batch: int = 0                # most pictures in one pass of one process; 0: its whole share at once
+    optimizer: str = "adamw"            # adamw or radam
+    lr: float = 2e-3                    # learning rate after warm-up
+    betas: tuple = (0.9, 0.99)          # of the optimiser
+    weight_decay: float = 0.0           # of the optimiser
+    clip: float = 1.0                   # largest gradient norm; 0: no limit
+    warmup: int = 200                   # steps over which lr rises from 0
+    decay: float = 0.7                  # last part of the run over which lr falls to 0 (half a cosine); 0: constant
+    ema: float = 0.999                  # decay of the averaged weights, the ones that are saved as the model
+    teacher_ema: float = 0.999          # the same for the teacher of ft-vs-fe
+    # -- sampler (sampler.py), for the pictures of the run and as sample.py's defaults
+    sample_steps: int = 20              # steps
+    extrapolation: float | str = "auto" # kappa: a number, or auto (second order)
+    stochasticity: float | str = 0.0    # rho: 0..1, or sde
+    order: int = 1                      # 1, or 2 (Heun)
+    schedule: tuple = (1.0, 1.0, 1.0)   # warp of the time grid
+    gap: tuple = (0.001, 0.001)         # distance of the grid from t = 1 and t = 0
+    cfg_scale: float = 1.0              # classifier-free guidance; 1: off
+    cfg_interval: tuple = (0.0, 1.0)    # where it is on, in the network's own time
+    # -- reports
+    log_every: int = 50                 # steps between two lines of log.jsonl
+    sample_every: int = 500             # steps between two grids of pictures (and saves of the model)
+
+    def objective(self):
+        """The loss that these settings mean: the long words of the command line, mapped to the letters of the method."""
+        return Objective(self.transport, lam=self.consistency_ratio, zeta=self.enhancement_ratio, style=self.enhancement_style,
+                         huber=self.huber, cosine=self.cosine, weight=self.weight, beta=self.beta, enhance_range=self.enhance_range,
+                         label_drop=self.label_drop, derivative=self.derivative, eps=self.eps)
+
+    def sampler(self, **given):
+        """Keyword arguments for sampler.sample; those given (long words, None: not given) win over the recipe's."""
+        word = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        word = {**word, "steps": self.sample_steps, **{k: v for k, v in given.items() if v is not None}}
+        return dict(transport=self.transport, steps=word["steps"], kappa=word["extrapolation"], rho=word["stochasticity"],
+                    order=word["order"], schedule=word["schedule"], gap=word["gap"],
+                    cfg_scale=word["cfg_scale"], cfg_interval=word["cfg_interval"])
+
+
+# ---- recipes ------------------------------------------------------------------------------------------------------
+# The few-step rows start from the run of the many-step row above them. What to expect is in the last comment of each row.
+
+MANY = dict()
+FEW = dict(consistency_ratio=1.0, enhancement_style="fc-vs-xz", optimizer="radam", betas=(0.9, 0.999), beta=(0.8, 1.0, 1.0),
+           sample_steps=2, extrapolation=0.0, stochasticity=1.0)
+RECIPES = {
+    "shapes":      {**MANY, "data": "shapes"},
+    "shapes-few":  {**FEW, "data": "shapes", "init_from": "runs/shapes"},
+}
+
+
+# ---- command line -------------------------------------------------------------------------------------------------
+
+def fail(message):
+    """End with one line and status 2: bad input is not a bug, and needs no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def number_or_word(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def numbers(text):
+    return tuple(float(part) for part in text.split(","))
+
+
+def yes_or_no(text):
+    if text.lower() not in ("yes", "no", "true", "false", "1", "0"):
+        raise ValueError(text)
+    return text.lower() in ("yes", "true", "1")
+
+
+READERS = {"str": str, "int": int, "float": float, "bool": yes_or_no, "tuple": numbers, "float | str": number_or_word}
+
+
+def read_flags(kind, argv, doc, epilog=""):
+    """The flags of argv as a dict, for a dataclass `kind` whose fields are the flags; only those that were given.
+
+    -h prints doc and every field with its trailing comment. A wrong flag or value ends with one line that names the nearest.
+    """
+    notes = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(kind), re.M))
+    parser = argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; {parser.prog} -h lists the flags")
+    for field in dataclasses.fields(kind):
+        base = re.sub(r" \| None$", "", field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type)))
+        default = ",".join(f"{v:g}" for v in field.default) if isinstance(field.default, tuple) else field.default
+        shown = "" if default in (None, "") else f" [{default}]"
+        parser.add_argument(f"--{field.name}", type=READERS[base], default=argparse.SUPPRESS,
+                            metavar={"tuple": "A,B"}.get(base, "VALUE"), help=notes.get(field.name, "").replace("%", "%%") + shown)
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        flag = rest[0].split("=")[0]
+        near = difflib.get_close_matches(flag.lstrip("-"), [f.name for f in dataclasses.fields(kind)], cutoff=0)
+        fail(f"unknown flag {flag}; nearest: {', '.join('--' + name for name in near)}")
+    return vars(given)
+
+
+def recipe_row(name):
+    if name not in RECIPES:
+        fail(f"unknown recipe {name!r}; nearest: {', '.join(difflib.get_close_matches(name, RECIPES, cutoff=0))}")
+    return RECIPES[name]
+
+
+def read_config(argv, doc):
+    """Config from the command line: defaults, then the recipe, then the flags that were given."""
+    given = read_flags(Config, argv, doc, "recipes:\n  " + "\n  ".join(RECIPES))
+    name = given.get("recipe", Config.recipe)
+    return Config(**{**recipe_row(name), **given, "recipe": name, "out": given.get("out") or f"runs/{name}"})
