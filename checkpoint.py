@@ -6,7 +6,6 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
-import torch
 
 from config import Config
 from model import MODELS

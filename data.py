@@ -15,12 +15,12 @@ A finite set is read in a new order each epoch. No state means: nothing to save,
 Run `python data.py` to see a page of shapes.
 """
 import difflib
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-
 
 # ---- randomness as a function -------------------------------------------------------------------------------------
 
@@ -198,10 +198,11 @@ def open_npz(path, seed):
     if not Path(path).is_file():
         raise ValueError(f"no file {path}; expected npz:PATH with arrays x (uint8; N, H, W, C or N, H, W) and y (integers)")
     try:
-        with np.load(path) as file:
-            return stored_arrays(file["x"], file["y"], None, seed)
-    except (OSError, KeyError) as error:
+        with np.load(path, allow_pickle=False) as file:
+            x, y = file["x"], file["y"]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an npz file with arrays x and y: {error}") from error
+    return stored_arrays(x, y, None, seed)
 
 
 def open_torchvision(name, root, seed):

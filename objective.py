@@ -21,8 +21,9 @@ The objective is a pure function of tensors: randomness comes in as t, z and dro
 """
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
