@@ -71,6 +71,17 @@ class Config:
     log_every: int = 50                 # steps between two lines of log.jsonl
     sample_every: int = 500             # steps between two grids of pictures (and saves of the model)
 
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "sample_every", "sample_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("ema", "teacher_ema", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0..1")
+        for name, allowed in (("compile", ("auto", "yes", "no")), ("optimizer", ("adamw", "radam")), ("dtype", ("auto", "bfloat16", "float32"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(allowed[:-1])} or {allowed[-1]}")
+
     def objective(self):
         """The loss that these settings mean: the long words of the command line, mapped to the letters of the method."""
         return Objective(self.transport, lam=self.consistency_ratio, zeta=self.enhancement_ratio, style=self.enhancement_style,

@@ -157,16 +157,19 @@ class DiT(nn.Module):
     """F(x, t, y): x (B, C, S, S) float, t (B,) float in the network's own clock, y (B,) int64 in 0..num_classes; returns (B, C, S, S).
 
     The class num_classes is the null class ("no label"). With learn_sigma the network has 2 C output channels, of which
-    the second C (the variances of DiT's DDPM) are not returned. Raises ValueError when the patch does not divide the image.
+    the second C (the variances of DiT's DDPM) are not returned. With data_output the layers estimate the data and the result
+    is the velocity of the linear transport, (x_t - data) / max(t, 0.05): large patches hold more noise than a narrow network
+    can carry, and data are simpler (JiT, arXiv 2511.13720). Raises ValueError when the patch does not divide the image.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
-                 num_classes=1000, norm="layer", qk_norm=False, mlp="gelu", rope=False, learn_sigma=False):
+                 num_classes=1000, norm="layer", qk_norm=False, mlp="gelu", rope=False, learn_sigma=False, data_output=False):
         super().__init__()
         if input_size % patch_size:
             fits = ", ".join(str(p) for p in (1, 2, 4, 8) if input_size % p == 0)
             raise ValueError(f"image size {input_size} is not divisible by the model's patch size {patch_size}; patch sizes that fit: {fits}")
         self.num_classes, self.in_channels, self.input_size, self.patch_size = num_classes, in_channels, input_size, patch_size
+        self.data_output = data_output
         self.grad_checkpoint = False              # True: recompute the blocks in the backward pass instead of keeping their activations
         grid, out = input_size // patch_size, in_channels * (2 if learn_sigma else 1)
         self.x_embedder = nn.Sequential()
@@ -196,7 +199,7 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, t, y):
-        side = self.input_size // self.patch_size
+        side, x_t = self.input_size // self.patch_size, x
         x = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed                           # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)                                                  # (B, D)
         rope = None if self.rope_cos is None else (self.rope_cos, self.rope_sin)                     # (N, E) each
@@ -208,7 +211,8 @@ class DiT(nn.Module):
         x = self.final_layer(x, c)                                                                   # (B, N, P*P*C)
         x = rearrange(x, "b (gh gw) (ph pw c) -> b c (gh ph) (gw pw)",
                       gh=side, ph=self.patch_size, pw=self.patch_size)                               # (B, C or 2C, S, S)
-        return x[:, :self.in_channels]                                                               # (B, C, S, S)
+        x = x[:, :self.in_channels]                                                                  # (B, C, S, S)
+        return (x_t - x) / t.clamp(min=0.05).view(-1, 1, 1, 1) if self.data_output else x
 
 
 FAMILIES = {"DiT":          dict(norm="layer", qk_norm=False, mlp="gelu", rope=False, learn_sigma=True),

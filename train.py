@@ -25,7 +25,8 @@ from tqdm import tqdm
 from checkpoint import build, load_model, save_model
 from config import RECIPES, fail, read_config
 from data import contact_sheet, key, open_dataset
-from sampler import sample
+from objective import resolve
+from sampler import check, sample, time_grid
 
 BLOCK = 16      # pictures whose randomness is drawn together; the batch is dealt out in blocks, so that its contents do not depend on the deal
 
@@ -44,8 +45,6 @@ def pick_device(wanted, local_rank=0):
 def pick_dtype(wanted, device):
     """The dtype of the matrix products; "auto" is bfloat16 where it is faster: on GPUs that have it, on CPUs by a try."""
     if wanted != "auto":
-        if wanted not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype {wanted!r} must be auto, bfloat16 or float32")
         return getattr(torch, wanted)
     if device.type != "cpu":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
@@ -109,9 +108,7 @@ def make_optimizer(config, net):
     weights = [p for p in net.parameters() if p.requires_grad]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(weights, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
-    if config.optimizer == "radam":
-        return torch.optim.RAdam(weights, config.lr, config.betas, weight_decay=config.weight_decay, decoupled_weight_decay=True)
-    raise ValueError(f"unknown optimizer {config.optimizer!r}; use adamw or radam")
+    return torch.optim.RAdam(weights, config.lr, config.betas, weight_decay=config.weight_decay, decoupled_weight_decay=True)
 
 
 def learning_rate(config, step):
@@ -150,6 +147,9 @@ def main(config):
     data = open_dataset(config.data, config.image_size or None, config.seed, config.labels, config.data_dir)
     if hasattr(data, "__len__") and len(data) < config.batch_size:
         raise ValueError(f"{config.data} has {len(data)} pictures, fewer than one batch of {config.batch_size}: add pictures, or lower --batch_size")
+    drawing = config.sampler()
+    check(resolve(config.transport), time_grid(*(drawing[name] for name in ("steps", "schedule", "gap", "order"))),
+          drawing["kappa"], drawing["rho"], drawing["order"], drawing["cfg_scale"], len(data.names))
     say = print if rank == 0 else lambda *words: None
 
     # The network, its average, and its teacher.
