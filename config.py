@@ -21,9 +21,13 @@ class Config:
     out: str = ""                       # folder of the run; empty: runs/RECIPE
     init_from: str = ""                 # start from, and be taught by, this model: a model.safetensors or the folder of a run
     seed: int = 0                       # decides everything random
+    fresh: bool = False                 # yes: start over; what the folder held is renamed, not lost
+    allow_change: bool = False          # yes: resume although settings that change the result are other ones
     device: str = "auto"                # cuda, mps or cpu; auto: the first of these that is there
     dtype: str = "auto"                 # of the matrix products: bfloat16 or float32; auto: bfloat16 where it is faster
     compile: str = "auto"               # torch.compile, yes or no; auto: yes unless the device is mps
+    shard: bool = False                 # FSDP2 over the processes, for networks that do not fit one GPU
+    grad_checkpoint: bool = False       # recompute activations in the backward pass: less memory, a third more time
     # -- data
     data: str = "shapes"                # shapes, mnist, cifar10, folder:PATH or npz:PATH
     data_dir: str = "data"              # where mnist and cifar10 are kept, and downloaded to
@@ -32,6 +36,7 @@ class Config:
     workers: int = -1                   # processes that read data; -1: 0 on a cpu, 4 elsewhere
     # -- network
     model: str = "TiT-XXS/4"            # family-size/patch: DiT SiT LightningDiT TiT, XXS XS S B L XL, 1 2 4 8
+    data_output: bool = False           # the layers estimate data and F follows (see model.py); for transport linear
     # -- loss (objective.py)
     transport: str = "linear"           # linear relinear trigflow triglinear edm random x-prediction epsilon-prediction ddpm
     consistency_ratio: float = 0.0      # lambda: 0 many-step, 1 few-step
@@ -56,7 +61,7 @@ class Config:
     clip: float = 1.0                   # largest gradient norm; 0: no limit
     warmup: int = 200                   # steps over which lr rises from 0
     decay: float = 0.7                  # last part of the run over which lr falls to 0 (half a cosine); 0: constant
-    ema: float = 0.999                  # decay of the averaged weights, the ones that are saved as the model
+    ema: tuple = (0.999,)               # decays of averaged weights; the first is saved as the model, others beside it
     teacher_ema: float = 0.999          # the same for the teacher of ft-vs-fe
     # -- sampler (sampler.py), for the pictures of the run and as sample.py's defaults
     sample_steps: int = 20              # steps
@@ -67,17 +72,28 @@ class Config:
     gap: tuple = (0.001, 0.001)         # distance of the grid from t = 1 and t = 0
     cfg_scale: float = 1.0              # classifier-free guidance; 1: off
     cfg_interval: tuple = (0.0, 1.0)    # where it is on, in the network's own time
-    # -- reports
+    # -- reports and checkpoints
     log_every: int = 50                 # steps between two lines of log.jsonl
-    sample_every: int = 500             # steps between two grids of pictures (and saves of the model)
+    sample_every: int = 1000            # steps between two grids of pictures
+    held_out_every: int = 1000          # steps between two losses on held-out pictures
+    held_out: int = 256                 # how many those are (of a finite set at most a twentieth)
+    save_every: int = 1000              # steps between two checkpoints
+    keep: int = 2                       # newest checkpoints that are kept
+    keep_every: int = 0                 # also keep those at multiples of this many steps; 0: none
+    grace: int = 120                    # seconds from SIGTERM or SIGINT to giving up on a clean end
+    max_skipped: int = 100              # steps in a row with a loss or gradient that is not finite, after which the run ends
+    tensorboard: bool = False           # also write for TensorBoard (pip install tensorboard)
+    wandb: str = ""                     # also log to this Weights & Biases project (pip install wandb)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "sample_every", "sample_steps"):
+        for name in ("steps", "batch_size", "log_every", "sample_every", "held_out_every", "save_every", "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("ema", "teacher_ema", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0..1")
+        for name, value in (*(("ema", value) for value in self.ema), ("teacher_ema", self.teacher_ema), ("decay", self.decay)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; it must lie in 0..1")
+        if self.data_output and self.transport != "linear":
+            raise ValueError(f"data_output is for transport linear, found {self.transport}; for other paths leave it out")
         for name, allowed in (("compile", ("auto", "yes", "no")), ("optimizer", ("adamw", "radam")), ("dtype", ("auto", "bfloat16", "float32"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(allowed[:-1])} or {allowed[-1]}")
@@ -97,15 +113,33 @@ class Config:
                     cfg_scale=word["cfg_scale"], cfg_interval=word["cfg_interval"])
 
 
+# What may differ between a run and its continuation: where and how fast it runs, and what it tells. The rest decides the result.
+FREE = set("""out steps device compile workers micro_batch shard grad_checkpoint data_dir init_from fresh allow_change grace max_skipped log_every
+           sample_every held_out_every save_every keep keep_every tensorboard wandb""".split())
+
+
+def differences(before, after):
+    """The settings that decide the result and differ, as "name: was -> is"."""
+    return [f"{f.name}: {getattr(before, f.name)} -> {getattr(after, f.name)}" for f in dataclasses.fields(Config)
+            if f.name not in FREE and getattr(before, f.name) != getattr(after, f.name)]
+
+
 # ---- recipes ------------------------------------------------------------------------------------------------------
 # The few-step rows start from the run of the many-step row above them. What to expect is in the last comment of each row.
 
-MANY = dict()
-FEW = dict(consistency_ratio=1.0, enhancement_style="fc-vs-xz", optimizer="radam", betas=(0.9, 0.999), beta=(0.8, 1.0, 1.0),
-           sample_steps=2, extrapolation=0.0, stochasticity=1.0)
+SHAPES = dict(data="shapes", image_size=32, model="TiT-XXS/8", data_output=True)
+MNIST = dict(data="mnist", model="TiT-XXS/4", data_output=True)
+CIFAR = dict(data="cifar10", model="TiT-S/2", batch_size=128)
+MANY = dict(enhancement_ratio=0.5, enhancement_style="ft-vs-fe", beta=(2.0, 1.0, 1.0), weight="none", lr=8e-3)
+FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-vs-xz", huber=0.3, beta=(0.8, 1.0, 1.0), eps=0.02,
+           optimizer="radam", betas=(0.9, 0.999), lr=1e-3, warmup=50, ema=(0.99,), sample_steps=2, extrapolation=0.0, stochasticity=1.0, gap=(0.001, 0.6))
 RECIPES = {
-    "shapes":      {**MANY, "data": "shapes"},
-    "shapes-few":  {**FEW, "data": "shapes", "init_from": "runs/shapes"},
+    "shapes":      {**SHAPES, **MANY, "steps": 5000},
+    "shapes-few":  {**SHAPES, **FEW, "steps": 1500, "init_from": "runs/shapes"},
+    "mnist":       {**MNIST, **MANY, "steps": 5000},
+    "mnist-few":   {**MNIST, **FEW, "steps": 1500, "init_from": "runs/mnist"},
+    "cifar10":     {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},
+    "cifar10-few": {**CIFAR, **FEW, "lr": 1e-4, "steps": 20_000, "init_from": "runs/cifar10"},
 }
 
 

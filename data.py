@@ -103,6 +103,10 @@ class Shapes:
     def keep_only(self, kind):
         self.only = kind
 
+    def hold_out(self, count):
+        """x, y of `count` pictures that no run ever reaches in the stream."""
+        return self[2**62 + np.arange(count)]
+
     def __getitem__(self, positions):
         u = torch.from_numpy(uniforms(self.seed, positions, 11))                                     # (B, 11)
         y = (u[:, 0] * len(SHAPES)).long() if self.only is None else torch.full((len(u),), self.only)
@@ -141,6 +145,15 @@ class Stored:
         if not len(rows):
             raise ValueError(f"there is no picture of class {self.names[label]}; choose another for --labels")
         self.labels, self.read = self.labels[rows], lambda indices: read(rows[indices])
+
+    def hold_out(self, count):
+        """x, y of `count` pictures (at most a twentieth) that leave the stream, the same for every seed."""
+        shuffled, read, labels, mirror = np.random.default_rng(0).permutation(len(self)), self.read, self.labels, self.mirror
+        count = min(count, len(self) // 20)
+        self.read, self.labels, self.mirror = lambda indices: read(shuffled[:count][indices]), labels[shuffled[:count]], False
+        held = self[np.arange(count)] if count else (torch.zeros(0, *self.shape), torch.zeros(0).long())
+        self.read, self.labels, self.mirror, self.orders = lambda indices: read(shuffled[count:][indices]), labels[shuffled[count:]], mirror, {}
+        return held
 
     def order(self, epoch):
         if epoch not in self.orders:    # keep two: a batch can lie across the border of epochs
@@ -256,7 +269,16 @@ def class_number(text, names):
     raise ValueError(f"no class {text!r}; there are {len(names)}, numbered 0..{len(names) - 1}: {listed}")
 
 
-# ---- looking at them ----------------------------------------------------------------------------------------------
+# ---- noise and looking at them ----------------------------------------------------------------------------------------------
+
+def noise_like_seed(seeds, shape, step=None):
+    """Standard normal noise (B, *shape): row k from seeds[k] (and the step) alone."""
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed if step is None else key(seed, step + 1))
+        rows.append(torch.randn(shape, generator=generator))
+    return torch.stack(rows)
+
 
 def to_uint8(x):
     """Pictures (B, C, S, S) in [-1, 1] to numpy uint8 (B, S, S, C): clamp(127.5 x + 128)."""

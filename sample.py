@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from config import fail, read_flags
-from data import class_number, contact_sheet, key
+from data import class_number, contact_sheet, noise_like_seed
 from sampler import count_nfe, sample, time_grid
 from train import autocast, pick_device, pick_dtype
 
@@ -63,15 +63,6 @@ def read_seeds(text, num):
     if not seeds:
         raise ValueError(f"no seeds in {text or f'num {num}'!r}; expected such as 0-63 or 3,5,8, or --num 64")
     return seeds
-
-
-def noise_like_seed(seeds, shape, step=None):
-    """Standard normal noise (B, *shape): row k from seeds[k] (and the step) alone."""
-    rows = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed if step is None else key(seed, step + 1))
-        rows.append(torch.randn(shape, generator=generator))
-    return torch.stack(rows)
 
 
 def main(options):

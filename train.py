@@ -5,28 +5,34 @@
     torchrun --nproc_per_node=8 train.py                  # the same training on eight GPUs
     python train.py --recipe mnist --lr 1e-3 --seed 1     # flags win over the recipe
 
-A run writes into runs/RECIPE (--out): grids of pictures, log.jsonl, and model.safetensors, which sample.py reads.
+A run writes into runs/RECIPE (--out): pictures, log.jsonl, model.safetensors (which sample.py reads) and checkpoints. To resume
+after any interruption, run the same command again: it goes on as if nothing had happened, on any number of processes. SIGTERM
+and Ctrl-C finish the step, save and exit; SIGUSR1 saves and goes on; --fresh yes starts over; a larger --steps extends the run.
 """
 import contextlib
 import copy
-import json
+import datetime
 import math
 import os
+import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import build, load_model, save_model
-from config import RECIPES, fail, read_config
-from data import contact_sheet, key, open_dataset
+from checkpoint import State, build, load_model, newest_state, save_model, save_state, set_aside, state_tensors, survive_full_disk, write_safely
+from config import RECIPES, differences, fail, read_config
+from data import key, open_dataset
 from objective import resolve
-from sampler import check, sample, time_grid
+from report import Log, draw_curves, preview, utilisation
+from sampler import check, time_grid
 
 BLOCK = 16      # pictures whose randomness is drawn together; the batch is dealt out in blocks, so that its contents do not depend on the deal
 
@@ -50,8 +56,7 @@ def pick_dtype(wanted, device):
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
     def seconds(dtype):
-        a = torch.ones(512, 512, dtype=dtype)
-        times = []
+        a, times = torch.ones(512, 512, dtype=dtype), []
         for _ in range(6):
             start = time.perf_counter()
             a @ a
@@ -72,7 +77,7 @@ def split_batch(config, world):
     if rest or not share:
         unit = BLOCK * world
         near = sorted({max(1, share) * unit, (share + 1) * unit})
-        raise ValueError(f"batch_size {config.batch_size} cannot be dealt to {world} processes in blocks of {BLOCK}; "
+        raise ValueError(f"batch_size {config.batch_size} cannot be dealt to {world} process{'es' * (world > 1)} in blocks of {BLOCK}; "
                          f"use a multiple of {unit}, such as {' or '.join(map(str, near))}")
     fits = [n for n in range(1, share + 1) if share % n == 0 and (not config.micro_batch or share // n * BLOCK <= config.micro_batch)]
     if not fits:
@@ -118,130 +123,276 @@ def learning_rate(config, step):
     return config.lr * up * (1 if config.decay == 0 or left >= 1 else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
+def local(net):
+    """The parameters, of a sharded network this process's part of each."""
+    return [p.to_local() if hasattr(p, "to_local") else p for p in net.parameters()]
+
+
 @torch.no_grad()
 def average(ema, net, decay, step):
     """Exponential moving average of the weights; the decay grows with the steps, so that early weights are forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    torch._foreach_lerp_(local(ema), local(net), 1 - decay)
 
 
-def preview(net, config, path, device, dtype, columns):
-    """A grid of pictures with fixed noise and classes, drawn with the recipe's own sampler settings."""
-    count = 8 * columns
-    z = torch.stack([torch.randn(net.in_channels, net.input_size, net.input_size, generator=torch.Generator().manual_seed(k)) for k in range(count)])
-    y = torch.arange(count) % columns if net.num_classes else torch.zeros(count, dtype=torch.int64)
-    torch.manual_seed(config.seed)
-    with autocast(device, dtype):
-        x = sample(net, z.to(device), y.to(device), **config.sampler())
-    contact_sheet(x, columns).save(path)
+def update(optimizer, finite):
+    """One optimiser step, or none where the gradient is not finite (finite: bool tensor on the device)."""
+    if isinstance(optimizer, torch.optim.AdamW):    # fused: the kernel itself looks, and the host does not wait
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:                                    # RAdam has no fused kernel: the host waits for one number
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def held_out_loss(objective, net, teacher, x, y):
+    """The loss on pictures that are never trained on, at fixed times and noise: comparable from step to step."""
+    t = ((torch.arange(len(x), device=x.device) + 0.5) / len(x)).to(x)
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    parts = [objective(net, *group, torch.zeros_like(group[2], dtype=torch.bool), teacher)
+             for group in zip(x.split(64), y.split(64), t.split(64), z.split(64))]
+    return torch.cat(parts).mean().item()
+
+
+# ---- asked from outside -------------------------------------------------------------------------------------------
+
+class Requests:
+    """Signals, as flags that all processes agree on once a step: SIGTERM and SIGINT to stop, SIGUSR1 to save.
+
+    After a request to stop the process has `grace` seconds: if a peer is lost, the step that it waits for never ends.
+    """
+
+    def __init__(self, group, grace):
+        self.flags, self.group, self.grace = torch.zeros(2, dtype=torch.int32), group, grace
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.before |= {signal.SIGUSR1: signal.signal(signal.SIGUSR1, self.save), signal.SIGALRM: signal.signal(signal.SIGALRM, self.give_up)}
+        return self
+
+    def __exit__(self, *error):
+        signal.alarm(0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def stop(self, number, frame):
+        if self.flags[0]:
+            self.give_up(number, frame)
+        self.flags[0] = number
+        signal.alarm(self.grace)
+
+    def save(self, number, frame):
+        self.flags[1] = 1
+
+    def give_up(self, number, frame):
+        os.write(2, b"\nstopped without saving: the same command resumes from the last checkpoint\n")
+        os._exit(1)
+
+    def agree(self):
+        """(signal number to stop for or 0, whether to save): the same answer in every process."""
+        flags, self.flags[1] = self.flags.clone(), 0
+        if self.group is not None:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        return flags.tolist()
 
 
 # ---- the run ------------------------------------------------------------------------------------------------------
 
 def main(config):
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = pick_device(config.device, local_rank)
+    device, out = pick_device(config.device, local_rank), Path(config.out)
     dtype = pick_dtype(config.dtype, device)
+    config.dtype = str(dtype)[6:]
     accumulate = split_batch(config, world)
     objective = config.objective()
     data = open_dataset(config.data, config.image_size or None, config.seed, config.labels, config.data_dir)
+    held_out = data.hold_out(config.held_out)
     if hasattr(data, "__len__") and len(data) < config.batch_size:
-        raise ValueError(f"{config.data} has {len(data)} pictures, fewer than one batch of {config.batch_size}: add pictures, or lower --batch_size")
+        raise ValueError(f"{config.data} has {len(data)} pictures to train on, fewer than one batch of {config.batch_size}: add pictures, or lower --batch_size")
     drawing = config.sampler()
     check(resolve(config.transport), time_grid(*(drawing[name] for name in ("steps", "schedule", "gap", "order"))),
           drawing["kappa"], drawing["rho"], drawing["order"], drawing["cfg_scale"], len(data.names))
-    say = print if rank == 0 else lambda *words: None
+    say = print if rank == 0 else lambda *words, **how: None
 
-    # The network, its average, and its teacher.
+    # Processes. The control group is on the CPU whatever the device: flags travel there without waiting for the GPU.
+    control = None
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30))
+
+    # Where the run stands: process 0 looks, the others follow.
+    if rank == 0 and config.fresh:
+        set_aside(out)
+    found = [newest_state(out, say) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(found, group=control)
+    state = State(found[0]) if found[0] else None
+
+    # The network, its averages, and its teacher.
     torch.manual_seed(config.seed)
     net = build(config, data.shape, len(data.names))
-    if config.init_from:
+    net.grad_checkpoint = config.grad_checkpoint
+    if state:
+        changed = differences(state.config, config)
+        if changed and not config.allow_change:
+            raise ValueError(f"{out} holds a run with other settings: {'; '.join(changed)}. Take another --out, or --fresh yes to start over, or --allow_change yes")
+    elif config.init_from:
         start, start_config, _ = load_model(config.init_from)
         shapes = [{name: tuple(value.shape) for name, value in n.state_dict().items()} for n in (net, start)]
-        if shapes[0] != shapes[1] or start_config.transport != config.transport:
-            raise ValueError(f"{config.init_from} is {start_config.model} on {start_config.transport}, {start.input_size} px, {start.num_classes} classes; "
-                             f"this run is {config.model} on {config.transport}, {net.input_size} px, {net.num_classes}: make them equal")
+        if shapes[0] != shapes[1] or (start_config.transport, start_config.data_output) != (config.transport, config.data_output):
+            raise ValueError(f"{config.init_from} is {start_config.model} on {start_config.transport}, {start.input_size} px, {start.num_classes} classes, "
+                             f"data_output {start_config.data_output}; this run is {config.model} on {config.transport}, {net.input_size} px, "
+                             f"{net.num_classes}, {config.data_output}: make them equal")
         net.load_state_dict(start.state_dict())
     elif config.enhancement_ratio > 0 and config.enhancement_style != "ft-vs-fe":
         raise ValueError(f"style {config.enhancement_style} needs a trained teacher: give --init_from, such as --init_from runs/shapes")
     if config.enhancement_ratio > 0 and config.enhancement_style != "fc-vs-xz" and not net.num_classes:
         raise ValueError(f"style {config.enhancement_style} compares with the null class, and without labels there is none: use --labels all, or fc-vs-xz")
     net = net.to(device)
-    ema = copy.deepcopy(net).requires_grad_(False).eval()
-    teacher = copy.deepcopy(net).requires_grad_(False).eval() if config.enhancement_ratio > 0 else None
+    nets = {"net": net, **{f"ema{decay:g}": copy.deepcopy(net).requires_grad_(False).eval() for decay in config.ema}}
+    if config.enhancement_ratio > 0:
+        nets["teacher"] = copy.deepcopy(net).requires_grad_(False).eval()
+    emas, teacher = [nets[f"ema{decay:g}"] for decay in config.ema], nets.get("teacher")
+    if config.shard:
+        for network in nets.values():
+            for block in network.blocks:
+                fully_shard(block)
+            fully_shard(network)
     optimizer = make_optimizer(config, net)
+    first, best = 0, math.inf
+    if state:
+        first, best = state.step, state.best
+        state.restore(nets, optimizer)
+
+    # What the loop calls: wrapped for several processes, and compiled.
+    model, model_teacher = net, teacher
+    if world > 1 and not config.shard:
+        model = DistributedDataParallel(net, broadcast_buffers=False)
     compiled = config.compile == "yes" or config.compile == "auto" and device.type != "mps"
-    if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    model = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
-    model_teacher = teacher
     if compiled:
         model, model_teacher = torch.compile(model), teacher and torch.compile(teacher)
     model.num_classes = net.num_classes
 
     # The data: a stream of positions, read by worker processes where that helps.
     workers = config.workers if config.workers >= 0 else 0 if device.type == "cpu" else 4
-    loader = iter(torch.utils.data.DataLoader(data, batch_size=None, sampler=positions(config, 0, world, accumulate, rank),
+    loader = iter(torch.utils.data.DataLoader(data, batch_size=None, sampler=positions(config, first, world, accumulate, rank),
                                               num_workers=workers, pin_memory=device.type == "cuda"))
     generator = torch.Generator(device="cpu" if device.type == "mps" else device)
+    held_out = [v.to(device) for v in held_out]
 
-    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     say(f"{config.model}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; {device}, "
-        f"{str(dtype)[6:]}{', compiled (the first steps take longer)' if compiled else ''}")
+        f"{config.dtype}{', compiled (the first steps take longer)' if compiled else ''}{', sharded' if config.shard else ''}")
     say(f"batch {config.batch_size} = {world} process{'es' * (world > 1)} x {accumulate} accumulation step{'s' * (accumulate > 1)} x "
         f"{config.batch_size // world // accumulate} pictures")
-    bar = tqdm(total=config.steps, unit="step", disable=rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
-    log = open(out / "log.jsonl", "a") if rank == 0 else None
+    if state:
+        say(f"resumed from {found[0]} at step {first} of {config.steps}")
+    log = Log(out, config, first) if rank == 0 else None
+    bar = tqdm(total=config.steps, initial=first, unit="step", disable=rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
     by_t = torch.zeros(5, 3, device=device)                        # sum of loss, of unweighted loss, and count, by fifths of t
-    clock, clock_step = time.perf_counter(), 0
+    skipped = torch.zeros(3, device=device)                        # steps skipped since the last report, in a row, and a t of the last one
+    clock, clock_step, stopped = time.perf_counter(), first, 0
 
-    for step in range(config.steps + 1):
-        last = step == config.steps
-        if rank == 0 and (step % config.sample_every == 0 or last):
-            preview(ema, config, out / f"grid_{step:07d}.png", device, dtype, columns=min(max(1, net.num_classes), 10))
-            save_model(out / "model.safetensors", ema, config, data.names)
-        if last:
-            break
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        for turn in range(accumulate):
-            x, y = (v.to(device, non_blocking=True) for v in next(loader))
-            t, z, drop = draw(objective, x, y, config.seed, step, dealt_blocks(config, world, accumulate, rank, turn), generator)
-            quiet = world > 1 and turn < accumulate - 1            # gradients travel once a step, on the last turn
-            with model.no_sync() if quiet else contextlib.nullcontext():
+    with Requests(control, config.grace) as requests:
+        for step in range(first, config.steps + 1):
+            # Look, save, and leave if asked: at the top, so that the first and the last step are covered.
+            last = step == config.steps
+            stopped, save_now = requests.agree()
+            begun = step > first or first == 0
+            if begun and (step % config.held_out_every == 0 or last) and len(held_out[0]):
                 with autocast(device, dtype):
-                    loss = objective(model, x, y, t, z, drop, model_teacher)                         # (B,)
-                (loss.mean() / accumulate).backward()
-            unweighted = loss.detach() / objective.time_weight(t.clamp(max=1 - 1e-4))
-            by_t.index_add_(0, (5 * t).long().clamp(max=4), torch.stack([loss.detach(), unweighted, torch.ones_like(t)], 1))
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average(ema, net, config.ema, step)
-        if teacher is not None and config.enhancement_style == "ft-vs-fe":
-            average(teacher, net, config.teacher_ema, step)
+                    value = held_out_loss(objective, emas[0], teacher, *held_out)
+                best, is_best = min(best, value), value <= best
+                tensors = state_tensors({"": emas[0]}) if is_best and (rank == 0 or config.shard) else None
+                if rank == 0:
+                    with survive_full_disk("the best model", bar.write):
+                        log.write({"step": step, "held_out_loss": value})
+                        if tensors:
+                            save_model(out / "best.safetensors", tensors, net, config, data.names)
+            if begun and (step % config.sample_every == 0 or last) and (rank == 0 or config.shard):
+                page = preview(emas[0], drawing, device, autocast(device, dtype), config.seed)
+                if rank == 0:
+                    with survive_full_disk("the pictures", bar.write):
+                        write_safely(out / f"grid_{step:07d}.png", lambda path: page.save(path, "PNG"))
+                        draw_curves(out)
+            if (step > first or stopped) and (step % config.save_every == 0 or last or save_now or stopped) and (rank == 0 or config.shard):
+                tensors = state_tensors(nets, optimizer)
+                if rank == 0:
+                    with survive_full_disk(f"the checkpoint of step {step}", bar.write):
+                        save_state(out, tensors, net, config, data.names, step, best)
+            if last or stopped:
+                break
 
-        bar.update()
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            if world > 1:
-                dist.all_reduce(by_t)
-            total, seconds = by_t.sum(0), time.perf_counter() - clock
-            line = {"step": step + 1, "images": (step + 1) * config.batch_size, "loss": (total[0] / total[2]).item(),
-                    "loss_by_t": [round(v, 5) for v in (by_t[:, 1] / by_t[:, 2]).tolist()], "grad_norm": norm.item(),
-                    "lr": learning_rate(config, step), "images_per_s": (step + 1 - clock_step) * config.batch_size / seconds}
-            bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_s']:.0f} images/s")
-            if log:
-                print(json.dumps(line), file=log, flush=True)
-            by_t.zero_()
-            clock, clock_step = time.perf_counter(), step + 1
+            # One step of training.
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            loss_is_finite = torch.ones((), dtype=torch.bool, device=device)
+            for turn in range(accumulate):
+                x, y = (v.to(device, non_blocking=True) for v in next(loader))
+                t, z, drop = draw(objective, x, y, config.seed, step, dealt_blocks(config, world, accumulate, rank, turn), generator)
+                wait = world > 1 and turn < accumulate - 1         # gradients travel once a step, on the last turn
+                if config.shard:
+                    net.set_requires_gradient_sync(not wait)
+                with model.no_sync() if wait and not config.shard else contextlib.nullcontext():
+                    with autocast(device, dtype):
+                        loss = objective(model, x, y, t, z, drop, model_teacher)                     # (B,)
+                    (loss.mean() / accumulate).backward()
+                good = loss.detach().isfinite()
+                loss_is_finite &= good.all()
+                skipped[2] = torch.where(good, skipped[2], t).max()
+                seen = torch.stack([loss.detach(), loss.detach() / objective.time_weight(t.clamp(max=1 - 1e-4)), torch.ones_like(t)], 1)
+                by_t.index_add_(0, (5 * t).long().clamp(max=4), torch.where(good[:, None], seen, 0.0))
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip or math.inf)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            finite = norm.isfinite()                               # of all processes: the norm is of the summed gradient
+            skipped[0] += ~finite
+            skipped[1] = (skipped[1] + 1) * ~finite
+            update(optimizer, finite)
+            for ema, decay in zip(emas, config.ema):
+                average(ema, net, decay, step)
+            if teacher is not None and config.enhancement_style == "ft-vs-fe":
+                average(teacher, net, config.teacher_ema, step)
+            bar.update()
+
+            # A line of the log. Only here does the host wait for the device.
+            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+                if world > 1:
+                    dist.all_reduce(by_t)
+                total, seconds = by_t.sum(0).tolist(), time.perf_counter() - clock
+                lost, row, bad_t = skipped.tolist()
+                if lost:
+                    where = [None] * world
+                    if world > 1:
+                        dist.all_gather_object(where, (rank, bad_t, loss_is_finite.item()), group=control)
+                    culprit = f"t = {bad_t:.3f} on process {rank}" if world == 1 else ", ".join(f"t = {v:.3f} on process {r}" for r, v, _ in where if v)
+                    bar.write(f"step {step + 1}: {int(lost)} steps skipped, loss or gradient not finite{f' (last seen at {culprit})' if culprit else ''}") if rank == 0 else None
+                    if row >= config.max_skipped:
+                        raise ValueError(f"{int(row)} steps in a row were not finite, up to step {step + 1}: the weights are those before them, and the last "
+                                         f"checkpoint in {out} is good. Look at the data, or lower --lr, and run the same command with --allow_change yes")
+                line = {"step": step + 1, "images": (step + 1) * config.batch_size, "loss": total[0] / max(1, total[2]),
+                        "loss_by_t": [round(v, 5) for v in (by_t[:, 1] / by_t[:, 2].clamp_min(1)).tolist()], "grad_norm": norm.item(),
+                        "lr": learning_rate(config, step), "images_per_s": (step + 1 - clock_step) * config.batch_size / seconds, "skipped": int(lost),
+                        **utilisation(net, objective, device, (step + 1 - clock_step) * config.batch_size / seconds / world)}
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_s']:.0f} images/s")
+                if log:
+                    with survive_full_disk("log.jsonl", bar.write):
+                        log.write(line)
+                by_t.zero_()
+                skipped[[0, 2]] = 0
+                clock, clock_step = time.perf_counter(), step + 1
 
     bar.close()
-    follow = f"python train.py --recipe {config.recipe}-few" if config.consistency_ratio == 0 and config.recipe + "-few" in RECIPES else None
-    say(f"model and pictures are in {out}. Next: python sample.py --ckpt {out} --steps {config.sample_steps}" + (f", or two steps: {follow}" if follow else ""))
+    if stopped:
+        say(f"stopped by {signal.Signals(stopped).name} at step {step} of {config.steps}; the same command resumes")
+    else:
+        if first == config.steps:
+            say("this run is complete; a larger --steps extends it, --fresh yes starts over")
+        more = config.consistency_ratio == 0 and config.recipe + "-few" in RECIPES
+        say(f"model and pictures are in {out}. Next: python sample.py --ckpt {out} --steps {config.sample_steps}"
+            + (f", or tune it to two steps: python train.py --recipe {config.recipe}-few" if more else ""))
     if world > 1:
         dist.destroy_process_group()
 
@@ -251,3 +402,8 @@ if __name__ == "__main__":
         main(read_config(sys.argv[1:], __doc__))
     except ValueError as error:
         fail(error)
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        traceback.print_exc()       # a peer is lost: leave at once, without the goodbye that would wait for it; torchrun restarts all
+        os._exit(1)

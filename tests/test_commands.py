@@ -18,7 +18,7 @@ from checkpoint import load_model
 from config import RECIPES, Config, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--image_size 8 --model TiT-XXS/8 --batch_size 16 --steps 3 --sample_every 2 --log_every 1 --compile no".split()
+SMALL = "--image_size 8 --model TiT-XXS/8 --batch_size 16 --steps 3 --sample_every 2 --log_every 1 --held_out 16 --compile no".split()
 
 
 def run(script, *words, capsys=None):
