@@ -153,9 +153,12 @@ class State:
     """A state file, read: .config, .step, .best (the smallest held-out loss so far), and restore()."""
 
     def __init__(self, path):
-        with safetensors.safe_open(path, "pt") as stored:
-            head = stored.metadata()
-            self.tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        try:
+            with safetensors.safe_open(path, "pt") as stored:
+                head = stored.metadata() or {}
+                self.tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a state file that train.py wrote ({error}): remove it, and the one before will be used") from error
         self.config, self.step, self.best = read_config(head), int(head["step"]), float(head["best"])
 
     @torch.no_grad()

@@ -135,7 +135,7 @@ FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-v
            optimizer="radam", betas=(0.9, 0.999), lr=1e-3, warmup=50, ema=(0.99,), sample_steps=2, extrapolation=0.0, stochasticity=1.0, gap=(0.001, 0.6))
 RECIPES = {
     "shapes":      {**SHAPES, **MANY, "steps": 5000},
-    "shapes-few":  {**SHAPES, **FEW, "steps": 1500, "init_from": "runs/shapes"},
+    "shapes-few":  {**SHAPES, **FEW, "steps": 2200, "init_from": "runs/shapes"},
     "mnist":       {**MNIST, **MANY, "steps": 5000},
     "mnist-few":   {**MNIST, **FEW, "steps": 1500, "init_from": "runs/mnist"},
     "cifar10":     {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},
