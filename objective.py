@@ -216,7 +216,7 @@ class Objective:
         if self.zeta > 0 and teacher is None:
             raise ValueError(f"enhancement ratio {self.zeta} with style {self.style} needs a teacher: its EMA, or a frozen model (--init_from)")
         if self.zeta > 0 and self.style != "fc-vs-xz" and not null:
-            raise ValueError(f"style {self.style} compares with the null class and the network has none; use class labels, or fc-vs-xz")
+            raise ValueError(f"style {self.style} compares with the null class and the network has none: use class labels, or enhancement ratio 0")
         if null is not None:
             y = torch.where(drop, null, y)
         elif drop.any():

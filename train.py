@@ -250,7 +250,7 @@ def main(config):
     elif config.enhancement_ratio > 0 and config.enhancement_style != "ft-vs-fe":
         raise ValueError(f"style {config.enhancement_style} needs a trained teacher: give --init_from, such as --init_from runs/shapes")
     if config.enhancement_ratio > 0 and config.enhancement_style != "fc-vs-xz" and not net.num_classes:
-        raise ValueError(f"style {config.enhancement_style} compares with the null class, and without labels there is none: use --labels all, or fc-vs-xz")
+        raise ValueError(f"style {config.enhancement_style} compares with the null class, and without labels there is none: use --labels all, or --enhancement_ratio 0")
     net = net.to(device)
     nets = {"net": net, **{f"ema{decay:g}": copy.deepcopy(net).requires_grad_(False).eval() for decay in config.ema}}
     if config.enhancement_ratio > 0:
@@ -260,7 +260,7 @@ def main(config):
         for network in nets.values():
             for block in network.blocks:
                 fully_shard(block)
-            fully_shard(network)
+            fully_shard(network, reshard_after_forward=True)       # also after the calls that no backward pass follows
     optimizer = make_optimizer(config, net)
     first, best = 0, math.inf
     if state:

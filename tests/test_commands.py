@@ -71,12 +71,15 @@ def test_the_whole_job_few_step_from_many_step_then_two_step_pictures(trained, c
     assert status == 0 and "NFE 12 " in out and Image.open("strip.png").size[0] == 6 * 68 - 4
 
 
+PLAIN = "--data_output no --enhancement_ratio 0 --enhancement_style none".split()
+
+
 @pytest.mark.parametrize("extra", [
-    "--enhancement_ratio 0.5 --enhancement_style ft-vs-fe", "--consistency_ratio 0.5", "--consistency_ratio 1 --derivative jvp", "--transport ddpm --gap 0.01,0.001",
+    "--data_output yes --enhancement_ratio 0.5 --enhancement_style ft-vs-fe", "--consistency_ratio 0.5", "--consistency_ratio 1 --derivative jvp", "--transport ddpm --gap 0.01,0.001",
     "--transport edm --huber 0.5 --cosine yes --weight none", "--optimizer radam --clip 0", "--micro_batch 16 --batch_size 48", "--labels none", "--labels star",
-    "--transport x-prediction", "--dtype bfloat16", "--dtype float32", "--order 2 --extrapolation 0", "--model DiT-XXS/8", "--beta 0.8,1,1 --label_drop 0"])
+    "--transport x-prediction", "--dtype bfloat16", "--dtype float32", "--grad_checkpoint yes", "--ema 0.9,0.99", "--order 2 --extrapolation 0", "--model DiT-XXS/8", "--beta 0.8,1,1 --label_drop 0"])
 def test_every_switch_trains(home, capsys, extra):
-    status, out, err = run("train.py", *SMALL, *extra.split(), capsys=capsys)
+    status, out, err = run("train.py", *SMALL, *PLAIN, *extra.split(), capsys=capsys)
     assert status == 0, err
     assert len(list((home / "runs/shapes").glob("grid*.png"))) == 3
 
@@ -143,13 +146,15 @@ def damaged_checkpoints(home):
     ("train.py", "--data folder:empty", "no pictures"),
     ("train.py", "--data folder:missing", "no folder missing"),
     ("train.py", "--data folder:pictures", "fewer than one batch of"),
-    ("train.py", "--image_size 30", "not divisible by the model's patch size 4; patch sizes that fit: 1, 2"),
+    ("train.py", "--image_size 30", "not divisible by the model's patch size 8; patch sizes that fit: 1, 2"),
     ("train.py", "--model TiT-XXS/3", "nearest: TiT-XXS/"),
     ("train.py", "--batch_size 40", "use a multiple of 16, such as 32 or 48"),
     ("train.py", "--enhancement_ratio 1 --enhancement_style fc-vs-fe", "give --init_from"),
     ("train.py", "--enhancement_ratio 1 --enhancement_style ft-vs-fe --labels none", "null class"),
     ("train.py", "--enhancement_ratio 1 --enhancement_style ft-vs-fe --consistency_ratio 1", "ft-vs-fe is for consistency ratio 0"),
-    ("train.py", "--transport epsilon-prediction --consistency_ratio 1", "those that can"),
+    ("train.py", "--transport epsilon-prediction --data_output no --consistency_ratio 1 --enhancement_ratio 0", "those that can"),
+    ("train.py", "--transport trigflow", "data_output is for transport linear"),
+    ("train.py", "--recipe shapes-few --init_from foreign.safetensors", "was not written by train.py"),
     ("train.py", "--optimizer sgd", "use adamw or radam"),
     ("train.py", "--device gpu", "this machine has"),
     ("train.py", "--labels square,star", "no class"),

@@ -19,7 +19,8 @@ from torch.testing import assert_close
 import data
 from test_commands import ROOT, run
 
-TINY = ("--image_size 8 --model TiT-XXS/8 --batch_size 64 --compile no --dtype float32 --device cpu --held_out 16 --log_every 5 --warmup 5 --decay 0 "
+# four tokens: with one, the exact gradient of q and k is zero and Adam would magnify its rounding errors
+TINY = ("--image_size 8 --model TiT-XXS/4 --batch_size 64 --compile no --dtype float32 --device cpu --held_out 16 --log_every 5 --warmup 5 --decay 0 "
         "--sample_every 1000 --held_out_every 1000 --save_every 10").split()
 TEACH = "--enhancement_ratio 0.5 --enhancement_style ft-vs-fe".split()
 RUNS = {"many-step": TEACH,
@@ -195,10 +196,10 @@ def test_resume_is_exact_on_two_processes(home, capsys, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["no", "yes"])
 def test_a_run_of_one_process_resumes_on_two_and_back(home, capsys, shard):
-    train("--steps", 30, "--out", "straight", *TEACH, capsys=capsys)
-    train("--steps", 10, "--out", "moved", *TEACH, capsys=capsys)
-    torchrun(2, "--steps", "20", "--out", "moved", "--shard", shard, *TEACH)
-    assert "resumed" in train("--steps", 30, "--out", "moved", *TEACH, capsys=capsys)
+    train("--steps", 10, "--out", "straight", *TEACH, capsys=capsys)
+    train("--steps", 4, "--out", "moved", *TEACH, capsys=capsys)
+    torchrun(2, "--steps", "7", "--out", "moved", "--shard", shard, *TEACH)
+    assert "resumed" in train("--steps", 10, "--out", "moved", *TEACH, capsys=capsys)
     assert same("straight", "moved", exactly=False) <= 1e-6
 
 
