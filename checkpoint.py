@@ -27,6 +27,7 @@ def write_safely(path, write):
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+        os.chmod(temporary, 0o644)
         for place in (temporary, path.parent):
             handle = os.open(place, os.O_RDONLY)
             os.fsync(handle)

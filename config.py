@@ -124,6 +124,22 @@ def differences(before, after):
             if f.name not in FREE and getattr(before, f.name) != getattr(after, f.name)]
 
 
+@dataclass
+class SamplerFlags:
+    """The sampler's settings as flags of sample.py and fid.py; what is not given is the recipe's."""
+    steps: int | None = None                    # sampler steps; this and what follows: the recipe's setting if not given
+    extrapolation: float | str | None = None    # kappa: a number, or auto (second order)
+    stochasticity: float | str | None = None    # rho: 0..1, or sde
+    order: int | None = None                    # 1, or 2 (Heun)
+    schedule: tuple | None = None               # warp of the time grid
+    gap: tuple | None = None                    # distance of the grid from t = 1 and t = 0
+    cfg_scale: float | None = None              # classifier-free guidance; 1: off
+    cfg_interval: tuple | None = None           # where it is on, in the network's own time
+
+    def given(self):
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplerFlags)}
+
+
 # ---- recipes ------------------------------------------------------------------------------------------------------
 # The few-step rows start from the run of the many-step row above them. What to expect is in the last comment of each row.
 
@@ -176,7 +192,8 @@ def read_flags(kind, argv, doc, epilog=""):
 
     -h prints doc and every field with its trailing comment. A wrong flag or value ends with one line that names the nearest.
     """
-    notes = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(kind), re.M))
+    source = "".join(inspect.getsource(k) for k in kind.__mro__[:-1])
+    notes = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", source, re.M))
     parser = argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; {parser.prog} -h lists the flags")
     for field in dataclasses.fields(kind):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from checkpoint import write_safely
+from checkpoint import survive_full_disk, write_safely
 from data import contact_sheet, noise_like_seed
 from sampler import sample
 
@@ -19,14 +19,15 @@ PEAK = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 
 class Log:
     """log.jsonl in the folder of a run: a header line for every start, then a line per report; TensorBoard and W&B if asked for."""
 
-    def __init__(self, out, config, first):
-        self.path = Path(out) / "log.jsonl"
-        if self.path.exists():      # a resumed run says its later steps again
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", 0) <= first]
-            write_safely(self.path, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
+    def __init__(self, out, config, first, say):
+        self.path, self.say = Path(out) / "log.jsonl", say
+        if self.path.exists():      # a resumed run says its later steps again; a line that a kill or a full disk cut off is dropped
+            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}") and json.loads(line).get("step", 0) <= first]
+            with survive_full_disk(self.path, say):
+                write_safely(self.path, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
         self.board = self.wandb = None
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # imported only when asked for
             self.board = SummaryWriter(out)
         if config.wandb:
             import wandb
@@ -35,7 +36,7 @@ class Log:
         self.write({"config": dataclasses.asdict(config), "commit": commit, "torch": torch.__version__, "python": platform.python_version(), "from_step": first})
 
     def write(self, line):
-        with open(self.path, "a") as file:
+        with survive_full_disk(self.path, self.say), open(self.path, "a") as file:
             print(json.dumps(line), file=file)
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         if self.board:
@@ -75,7 +76,7 @@ def preview(net, drawing, device, autocast, seed):
 
 def draw_curves(out, size=(900, 420)):
     """loss.png beside log.jsonl: the unweighted loss by fifths of t, log scale, each from its own smallest to the common largest."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines() if line.endswith("}")]
     rows = [line for line in lines if "loss_by_t" in line]
     if len(rows) < 2:
         return

@@ -16,14 +16,14 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_model
-from config import fail, read_flags
+from config import SamplerFlags, fail, read_flags
 from data import class_number, contact_sheet, noise_like_seed
 from sampler import count_nfe, sample, time_grid
 from train import autocast, pick_device, pick_dtype
 
 
 @dataclass
-class Options:
+class Options(SamplerFlags):
     ckpt: str = ""                              # a model.safetensors or the folder of a run; empty: the newest in runs/, else assets/
     out: str = "samples.png"                    # the picture to write
     classes: str = ""                           # names or numbers, with commas, taken in turn; empty: all of them
@@ -33,24 +33,12 @@ class Options:
     batch_size: int = 256                       # pictures at a time
     device: str = "auto"                        # cuda, mps or cpu
     dtype: str = "auto"                         # bfloat16 or float32
-    steps: int | None = None                    # sampler steps; this and what follows: the recipe's setting if not given
-    extrapolation: float | str | None = None    # kappa: a number, or auto (second order)
-    stochasticity: float | str | None = None    # rho: 0..1, or sde
-    order: int | None = None                    # 1, or 2 (Heun)
-    schedule: tuple | None = None               # warp of the time grid
-    gap: tuple | None = None                    # distance of the grid from t = 1 and t = 0
-    cfg_scale: float | None = None              # classifier-free guidance; 1: off
-    cfg_interval: tuple | None = None           # where it is on, in the network's own time
 
 
 def newest_model():
     """The model saved last under runs/, else the one that ships in assets/."""
-    here = Path(__file__).parent
     runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    shipped = sorted((here / "assets").glob("*.safetensors"))
-    if not runs and not shipped:
-        raise ValueError("no model under runs/ or assets/: python train.py makes one")
-    return runs[-1] if runs else shipped[0]
+    return runs[-1] if runs else Path(__file__).parent / "assets/shapes-few.safetensors"
 
 
 def read_seeds(text, num):
@@ -70,8 +58,7 @@ def main(options):
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     net, config, names = load_model(path, device)
-    given = {name: getattr(options, name) for name in ("steps", "extrapolation", "stochasticity", "order", "schedule", "gap", "cfg_scale", "cfg_interval")}
-    settings = config.sampler(**given)
+    settings = config.sampler(**options.given())
     seeds = read_seeds(options.seeds, options.num)
     if options.batch_size < 1:
         raise ValueError(f"batch_size {options.batch_size} must be at least 1")

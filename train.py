@@ -177,10 +177,12 @@ class Requests:
             signal.signal(number, handler)
 
     def stop(self, number, frame):
-        if self.flags[0]:
+        if not self.flags[0]:
+            self.asked = time.monotonic()
+            signal.alarm(self.grace)
+        elif time.monotonic() - self.asked > 5:     # a terminal and torchrun both pass Ctrl-C on: two at once are one
             self.give_up(number, frame)
         self.flags[0] = number
-        signal.alarm(self.grace)
 
     def save(self, number, frame):
         self.flags[1] = 1
@@ -290,8 +292,8 @@ def main(config):
         f"{config.batch_size // world // accumulate} pictures")
     if state:
         say(f"resumed from {found[0]} at step {first} of {config.steps}")
-    log = Log(out, config, first) if rank == 0 else None
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
+    log = Log(out, config, first, bar.write) if rank == 0 else None
     by_t = torch.zeros(5, 3, device=device)                        # sum of loss, of unweighted loss, and count, by fifths of t
     skipped = torch.zeros(3, device=device)                        # steps skipped since the last report, in a row, and a t of the last one
     clock, clock_step, stopped = time.perf_counter(), first, 0
@@ -308,9 +310,9 @@ def main(config):
                 best, is_best = min(best, value), value <= best
                 tensors = state_tensors({"": emas[0]}) if is_best and (rank == 0 or config.shard) else None
                 if rank == 0:
-                    with survive_full_disk("the best model", bar.write):
-                        log.write({"step": step, "held_out_loss": value})
-                        if tensors:
+                    log.write({"step": step, "held_out_loss": value})
+                    if tensors:
+                        with survive_full_disk("the best model", bar.write):
                             save_model(out / "best.safetensors", tensors, net, config, data.names)
             if begun and (step % config.sample_every == 0 or last) and (rank == 0 or config.shard):
                 page = preview(emas[0], drawing, device, autocast(device, dtype), config.seed)
@@ -378,8 +380,7 @@ def main(config):
                         **utilisation(net, objective, device, (step + 1 - clock_step) * config.batch_size / seconds / world)}
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_s']:.0f} images/s")
                 if log:
-                    with survive_full_disk("log.jsonl", bar.write):
-                        log.write(line)
+                    log.write(line)
                 by_t.zero_()
                 skipped[[0, 2]] = 0
                 clock, clock_step = time.perf_counter(), step + 1

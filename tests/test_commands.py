@@ -75,9 +75,10 @@ PLAIN = "--data_output no --enhancement_ratio 0 --enhancement_style none".split(
 
 
 @pytest.mark.parametrize("extra", [
-    "--data_output yes --enhancement_ratio 0.5 --enhancement_style ft-vs-fe", "--consistency_ratio 0.5", "--consistency_ratio 1 --derivative jvp", "--transport ddpm --gap 0.01,0.001",
-    "--transport edm --huber 0.5 --cosine yes --weight none", "--optimizer radam --clip 0", "--micro_batch 16 --batch_size 48", "--labels none", "--labels star",
-    "--transport x-prediction", "--dtype bfloat16", "--dtype float32", "--grad_checkpoint yes", "--ema 0.9,0.99", "--order 2 --extrapolation 0", "--model DiT-XXS/8", "--beta 0.8,1,1 --label_drop 0"])
+    "--data_output yes --enhancement_ratio 0.5 --enhancement_style ft-vs-fe", "--consistency_ratio 0.5", "--consistency_ratio 1 --derivative jvp",
+    "--transport ddpm --gap 0.01,0.001", "--transport edm --huber 0.5 --cosine yes --weight none", "--optimizer radam --clip 0",
+    "--micro_batch 16 --batch_size 48", "--labels none", "--labels star", "--transport x-prediction", "--dtype bfloat16", "--dtype float32",
+    "--grad_checkpoint yes", "--ema 0.9,0.99", "--order 2 --extrapolation 0", "--model DiT-XXS/8", "--beta 0.8,1,1 --label_drop 0"])
 def test_every_switch_trains(home, capsys, extra):
     status, out, err = run("train.py", *SMALL, *PLAIN, *extra.split(), capsys=capsys)
     assert status == 0, err

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_commands import ROOT, run
 from torch.testing import assert_close
 
 import data
-from test_commands import ROOT, run
 
 # four tokens: with one, the exact gradient of q and k is zero and Adam would magnify its rounding errors
 TINY = ("--image_size 8 --model TiT-XXS/4 --batch_size 64 --compile no --dtype float32 --device cpu --held_out 16 --log_every 5 --warmup 5 --decay 0 "
