@@ -143,7 +143,7 @@ class SamplerFlags:
 # ---- recipes ------------------------------------------------------------------------------------------------------
 # The few-step rows start from the run of the many-step row above them. What to expect is in the last comment of each row.
 
-SHAPES = dict(data="shapes", image_size=32, model="TiT-XXS/8", data_output=True)
+SHAPES = dict(data="shapes", model="TiT-XXS/8", data_output=True)
 MNIST = dict(data="mnist", model="TiT-XXS/4", data_output=True)
 CIFAR = dict(data="cifar10", model="TiT-S/2", batch_size=128)
 MANY = dict(enhancement_ratio=0.5, enhancement_style="ft-vs-fe", beta=(2.0, 1.0, 1.0), weight="none", lr=8e-3)
