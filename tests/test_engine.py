@@ -305,7 +305,7 @@ def test_a_lost_process_is_restarted_by_torchrun(home, capsys):
 def test_a_full_disk_is_survived(home, capsys):
     disk = home / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
         train("--steps", 10, "--out", disk / "run", capsys=capsys)
