@@ -184,6 +184,7 @@ def yes_or_no(text):
     return text.lower() in ("yes", "true", "1")
 
 
+METAVARS = {"str": "TEXT", "int": "N", "bool": "yes|no", "tuple": "X,X"}
 READERS = {"str": str, "int": int, "float": float, "bool": yes_or_no, "tuple": numbers, "float | str": number_or_word}
 
 
@@ -192,16 +193,20 @@ def read_flags(kind, argv, doc, epilog=""):
 
     -h prints doc and every field with its trailing comment. A wrong flag or value ends with one line that names the nearest.
     """
-    source = "".join(inspect.getsource(k) for k in kind.__mro__[:-1])
-    notes = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", source, re.M))
-    parser = argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     usage="%(prog)s [-h] [--FLAG VALUE ...]")
     parser.error = lambda message: fail(f"{message}; {parser.prog} -h lists the flags")
-    for field in dataclasses.fields(kind):
-        base = re.sub(r" \| None$", "", field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type)))
+    fields, group = {f.name: f for f in dataclasses.fields(kind)}, parser
+    for line in "".join(inspect.getsource(k) for k in kind.__mro__[:-1]).splitlines():
+        if title := re.match(r"    # -- (.*)", line):
+            group = parser.add_argument_group(title[1])
+        if not (found := re.match(r"    (\w+): [^#]*# (.*)", line)):
+            continue
+        field, note = fields[found[1]], found[2].replace("%", "%%")
+        base = re.sub(r" \| None$", "", field.type.__name__ if isinstance(field.type, type) else str(field.type))
         default = ",".join(f"{v:g}" for v in field.default) if isinstance(field.default, tuple) else field.default
-        shown = "" if default in (None, "") else f" [{default}]"
-        parser.add_argument(f"--{field.name}", type=READERS[base], default=argparse.SUPPRESS,
-                            metavar={"tuple": "A,B"}.get(base, "VALUE"), help=notes.get(field.name, "").replace("%", "%%") + shown)
+        group.add_argument(f"--{field.name}", type=READERS[base], default=argparse.SUPPRESS, metavar=METAVARS.get(base, "X"),
+                           help=note + ("" if default is None or default is False or default == "" else f" [{default}]"))
     given, rest = parser.parse_known_args(argv)
     if rest:
         flag = rest[0].split("=")[0]
@@ -218,6 +223,6 @@ def recipe_row(name):
 
 def read_config(argv, doc):
     """Config from the command line: defaults, then the recipe, then the flags that were given."""
-    given = read_flags(Config, argv, doc, "recipes:\n  " + "\n  ".join(RECIPES))
+    given = read_flags(Config, argv, doc, "in brackets: the value where neither the recipe nor a flag gives another\n\nrecipes:\n  " + "\n  ".join(RECIPES))
     name = given.get("recipe", Config.recipe)
     return Config(**{**recipe_row(name), **given, "recipe": name, "out": given.get("out") or f"runs/{name}"})

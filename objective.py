@@ -53,6 +53,21 @@ class Transport(NamedTuple):
         return self.alpha(t) * self.gamma_hat(t) - self.gamma(t) * self.alpha_hat(t)
 
 
+def same(t):
+    return t
+
+
+def reverse(t):
+    return 1 - t
+
+
+zero, one = torch.zeros_like, torch.ones_like
+
+
+def minus_one(t):
+    return -one(t)
+
+
 def sin(t):
     return torch.sin(HALF_PI * t)
 
@@ -61,17 +76,37 @@ def cos(t):
     return torch.cos(HALF_PI * t)
 
 
-def sigma(t):
-    """EDM's noise level, log-normal in t with mean -1.2 and deviation 1.2 in EDM's units of sigma_data = 1/2."""
+def minus_sin(t):
+    return -sin(t)
+
+
+def random_gamma_hat(t):
+    return -1 - torch.exp(-5 * t)
+
+
+# EDM: its noise level s runs from 0.0017 to 78 as t runs from 0 to 1; sigma_data = 1/2.
+def edm_s(t):
     return torch.exp(4 * (2.68 * t - 1.59))
 
 
-def edm_scale(t):
-    return (sigma(t) ** 2 + 0.25) ** -0.5
+def edm_gamma(t):
+    return (edm_s(t) ** 2 + 0.25) ** -0.5
+
+
+def edm_alpha(t):
+    return edm_s(t) * edm_gamma(t)
+
+
+def edm_alpha_hat(t):
+    return -edm_gamma(t) / 2
+
+
+def edm_gamma_hat(t):
+    return 2 * edm_alpha(t)
 
 
 # DDPM: betas linear from 1e-4 to 0.02 in 1000 steps, log(abar) interpolated so that t is continuous; entry k is t = k/1000.
-LOG_ABAR = torch.cat([torch.zeros(1).double(), torch.log1p(-torch.linspace(1e-4, 0.02, 1000).double()).cumsum(0)])
+LOG_ABAR = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumsum(0)])
 
 
 def log_abar(t):
@@ -89,28 +124,22 @@ def ddpm_gamma(t):
     return torch.exp(log_abar(t) / 2)
 
 
-def same(t):
-    return t
+def ddpm_clock(t):
+    return 1000 * t - 1
 
 
-def reverse(t):
-    return 1 - t
-
-
-zero, one = torch.zeros_like, torch.ones_like
-
-TRANSPORTS = {  # alpha             gamma        alpha_hat                        gamma_hat                           clock                   sign
-    "linear":             Transport(same, reverse, one, lambda t: -one(t), same, 1.0),                      # flow matching, rectified flow: v = z - x
-    "relinear":           Transport(same, reverse, one, lambda t: -one(t), reverse, -1.0),                  # networks with data at t = 1: SiT, LightningDiT
-    "trigflow":           Transport(sin, cos, cos, lambda t: -sin(t), same, 1.0),                           # sCM's TrigFlow
-    "triglinear":         Transport(sin, cos, one, lambda t: -one(t), same, 1.0),
-    "edm":                Transport(lambda t: sigma(t) * edm_scale(t), edm_scale,                           # EDM, EDM2, sigma_data = 1/2
-                                    lambda t: -edm_scale(t) / 2, lambda t: 2 * sigma(t) * edm_scale(t), same, 1.0),
-    "random":             Transport(sin, reverse, one, lambda t: -1 - torch.exp(-5 * t), same, 1.0),        # any smooth choice with d != 0 works
-    "x-prediction":       Transport(same, reverse, zero, one, same, 1.0),                                   # the linear path for a network that outputs x
-    "epsilon-prediction": Transport(same, reverse, one, zero, same, 1.0),                                   # the same for one that outputs the noise
-    "ddpm":               Transport(ddpm_alpha, ddpm_gamma, one, zero, lambda t: 1000 * t - 1, 1.0),        # DDPM, ADM, DiT
-}
+TRANSPORTS = {name: Transport(*row) for name, *row in (
+    # name                 alpha       gamma       alpha_hat      gamma_hat         clock       sign
+    ("linear",             same,       reverse,    one,           minus_one,        same,        1.0),   # flow matching, rectified flow: v = z - x
+    ("relinear",           same,       reverse,    one,           minus_one,        reverse,    -1.0),   # networks with data at t = 1: SiT, LightningDiT
+    ("trigflow",           sin,        cos,        cos,           minus_sin,        same,        1.0),   # sCM's TrigFlow
+    ("triglinear",         sin,        cos,        one,           minus_one,        same,        1.0),
+    ("edm",                edm_alpha,  edm_gamma,  edm_alpha_hat, edm_gamma_hat,    same,        1.0),   # EDM, EDM2
+    ("random",             sin,        reverse,    one,           random_gamma_hat, same,        1.0),   # any smooth choice with d != 0 works
+    ("x-prediction",       same,       reverse,    zero,          one,              same,        1.0),   # linear path, the network outputs x
+    ("epsilon-prediction", same,       reverse,    one,           zero,             same,        1.0),   # linear path, it outputs the noise
+    ("ddpm",               ddpm_alpha, ddpm_gamma, one,           zero,             ddpm_clock,  1.0),   # DDPM, ADM, DiT
+)}
 
 
 def resolve(transport):
