@@ -69,6 +69,18 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def join(device, rank, world):
+    """Enter the process group: nccl on GPUs, gloo elsewhere."""
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # torchrun keeps one store over its restarts: without a prefix, a restarted process finds the addresses of dead peers there
+        agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"restart{os.environ['TORCHELASTIC_RESTART_COUNT']}", agent)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+
+
 # ---- one batch, however it is dealt -------------------------------------------------------------------------------
 
 def split_batch(config, world):
@@ -220,9 +232,7 @@ def main(config):
     # Processes. The control group is on the CPU whatever the device: flags travel there without waiting for the GPU.
     control = None
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join(device, rank, world)
         control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30))
 
     # Where the run stands: process 0 looks, the others follow.

@@ -323,4 +323,4 @@ def test_a_full_disk_is_survived(home, capsys):
         train("--steps", 40, "--out", "straight", capsys=capsys)
         same("straight", disk / "run")
     finally:
-        subprocess.run(["umount", str(disk)])
+        subprocess.run(["umount", "--lazy", str(disk)])
