@@ -26,12 +26,15 @@ class Log:
             with survive_full_disk(self.path, say):
                 write_safely(self.path, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
         self.board = self.wandb = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # imported only when asked for
-            self.board = SummaryWriter(out)
-        if config.wandb:
-            import wandb
-            self.wandb = wandb.init(project=config.wandb, name=config.recipe, config=dataclasses.asdict(config), dir=out, resume="allow")
+        try:                        # imported only when asked for
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(out)
+            if config.wandb:
+                import wandb
+                self.wandb = wandb.init(project=config.wandb, name=config.recipe, config=dataclasses.asdict(config), dir=out, resume="allow")
+        except ImportError as error:
+            raise ValueError(f"{error.name} is not installed: pip install {error.name}, or leave its flag out") from error
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
         self.write({"config": dataclasses.asdict(config), "commit": commit, "torch": torch.__version__, "python": platform.python_version(), "from_step": first})
 
