@@ -174,8 +174,9 @@ def evaluate(options):
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     net, config, names = load_model(options.ckpt, device)
-    data = open_dataset(options.data or config.data, net.input_size if (options.data or config.data) == "shapes" else None, 1000, config.labels, options.data_dir)
-    kind = "shapes" if (options.data or config.data) == "shapes" else "mnist"
+    source = options.data or config.data
+    kind = "shapes" if source == "shapes" else "mnist"
+    data = open_dataset(source, net.input_size if kind == "shapes" else None, 1000, config.labels, options.data_dir)
     features = load_features(kind, data.shape, len(names))
     num = min(options.num, len(data) // 2) if hasattr(data, "__len__") else options.num
     real, other, drawn = (Score(features, len(names)) for _ in range(3))

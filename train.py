@@ -341,7 +341,6 @@ def main(config):
             # One step of training.
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            loss_is_finite = torch.ones((), dtype=torch.bool, device=device)
             for turn in range(accumulate):
                 x, y = (v.to(device, non_blocking=True) for v in next(loader))
                 t, z, drop = draw(objective, x, y, config.seed, step, dealt_blocks(config, world, accumulate, rank, turn), generator)
@@ -353,7 +352,6 @@ def main(config):
                         loss = objective(model, x, y, t, z, drop, model_teacher)                     # (B,)
                     (loss.mean() / accumulate).backward()
                 good = loss.detach().isfinite()
-                loss_is_finite &= good.all()
                 skipped[2] = torch.where(good, skipped[2], t).max()
                 seen = torch.stack([loss.detach(), loss.detach() / objective.time_weight(t.clamp(max=1 - 1e-4)), torch.ones_like(t)], 1)
                 by_t.index_add_(0, (5 * t).long().clamp(max=4), torch.where(good[:, None], seen, 0.0))
@@ -378,8 +376,8 @@ def main(config):
                 if lost:
                     where = [None] * world
                     if world > 1:
-                        dist.all_gather_object(where, (rank, bad_t, loss_is_finite.item()), group=control)
-                    culprit = f"t = {bad_t:.3f} on process {rank}" if world == 1 else ", ".join(f"t = {v:.3f} on process {r}" for r, v, _ in where if v)
+                        dist.all_gather_object(where, (rank, bad_t), group=control)
+                    culprit = f"t = {bad_t:.3f} on process {rank}" if world == 1 else ", ".join(f"t = {v:.3f} on process {r}" for r, v in where if v)
                     bar.write(f"step {step + 1}: {int(lost)} steps skipped, loss or gradient not finite{f' (last seen at {culprit})' if culprit else ''}") if rank == 0 else None
                     if row >= config.max_skipped:
                         raise ValueError(f"{int(row)} steps in a row were not finite, up to step {step + 1}: the weights are those before them, and the last "
