@@ -4,21 +4,27 @@ A model file holds the averaged weights, and in its header the config and the cl
 decides the future of a run: weights, averages, teacher, optimiser, step, config. All randomness and the place in the data are
 functions of (seed, step), so there is nothing else. The name of a state file carries the SHA-256 of its bytes.
 """
+import argparse
 import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
+import pickle
+import re
+import tempfile
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
+from PIL import Image
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from config import Config
-from model import MODELS
+from config import Config, recipe_row
+from model import FAMILIES, MODELS, SIZES, DiT
 
 
 def write_safely(path, write):
@@ -71,31 +77,139 @@ def save_model(path, tensors, net, config, names):
     write_safely(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, header(net, config, names)))
 
 
+@contextlib.contextmanager
+def hub_errors(what, hint):
+    """One line for whatever goes wrong with the hub: its library raises requests' errors or httpx's, by its version, and its own."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{what} ({reason}): {hint}") from error
+
+
 def find_model(path):
-    """The model file that a path means: itself, or the one in the folder of a run. ValueError if there is none."""
+    """The file that --ckpt or --init_from means: itself, the model of a run's folder, or a download from the hub. ValueError if there is none."""
+    if str(path).startswith("hf://"):
+        user, repo, name = ([*str(path)[5:].split("/", 2), "", ""])[:3]
+        from huggingface_hub import hf_hub_download
+        with hub_errors(f"the hub does not give {path}", "expected hf://USER/REPO or hf://USER/REPO/FILE; a broken download goes on when the command is run again"):
+            return Path(hf_hub_download(f"{user}/{repo}", name or "model.safetensors"))
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no model at {path}; expected a model.safetensors or the folder of a run, such as runs/shapes "
-                         "(python train.py makes that one)")
+                         "(python train.py makes that one), a published .pt, or hf://USER/REPO[/FILE]")
     return file
 
 
-def load_model(path, device="cpu"):
-    """(net, config, class names) from a model file or the folder of a run. ValueError if it is not one of ours, or damaged."""
-    file = find_model(path)
+def load_model(path, device="cpu", recipe=""):
+    """(net, config, class names) from what find_model finds: our files, or those of UCGM, REPA, REPA-E, SiT, DiT, LightningDiT.
+
+    recipe: a row of config.RECIPES whose network, transport and sampler are used, for files that do not say. ValueError if the file is
+    damaged, or of no family that is known; it lists the names that are missing or left over.
+    """
+    file, row = find_model(path), recipe_row(recipe) if recipe else {}
+    tensors, head, more = read_tensors(file, device)
+    if head.get("format", "").startswith("nanoUCGM"):
+        config, names, shape = read_config(head), json.loads(head["names"]), json.loads(head["shape"])
+        config = dataclasses.replace(config, **{k: v for k, v in row.items() if k in SAMPLING})
+        net = build(config, shape, len(names)).to(device)
+    else:
+        net, found = recognise(tensors, more, row.get("model", ""), file)
+        if row.get("model", found["model"]) != found["model"]:
+            raise ValueError(f"{file} is {found['model']}, and recipe {recipe} is for {row['model']}")
+        config, names = Config(**{**found, **row, "recipe": recipe or "shapes"}), [str(k) for k in range(net.num_classes)]
+        net = net.to(device)
     try:
-        with safetensors.safe_open(file, "pt", device=str(device)) as stored:
-            head = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file ({error}); expected a model.safetensors that train.py wrote") from error
-    if not head.get("format", "").startswith("nanoUCGM"):
-        raise ValueError(f"{file} was not written by train.py: its header has no nanoUCGM config")
-    config, names = read_config(head), json.loads(head["names"])
-    net = build(config, json.loads(head["shape"]), len(names)).to(device)
-    net.load_state_dict(tensors)
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit {config.model}: {' '.join(str(error).split())}") from error
     return net.eval().requires_grad_(False), config, names
+
+
+SAMPLING = {"vae", "sample_steps", "extrapolation", "stochasticity", "order", "schedule", "gap", "cfg_scale", "cfg_interval"}
+
+
+def read_tensors(file, device="cpu"):
+    """(tensors by name, header, what else the file holds) of a .safetensors file, or of a torch.save one, of which nothing is executed."""
+    try:
+        with open(file, "rb") as start:
+            is_torch = start.read(2) in (b"PK", b"\x80\x02")       # zip, or the older pickle: read with weights_only
+        if not is_torch:
+            with safetensors.safe_open(file, "pt", device=str(device)) as stored:
+                return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}, {}
+        with torch.serialization.safe_globals([argparse.Namespace]):                                 # REPA keeps its arguments beside the weights
+            stored = torch.load(file, map_location=device, weights_only=True)
+    except (safetensors.SafetensorError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} is not a file of weights that can be read safely ({str(error).strip().splitlines()[0]}); expected a "
+                         "model.safetensors that train.py wrote, or a published checkpoint") from error
+    more = {name: value for name, value in stored.items() if name not in ("model", "ema", "opt")} if "ema" in stored else {}
+    tensors = stored.get("ema", stored)
+    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    if any(name.startswith("projectors.") for name in tensors):
+        more["repa"] = True
+    return {name: value.float() for name, value in tensors.items() if not name.startswith(("projectors.", "feat_rope."))}, {}, more
+
+
+def recognise(tensors, more, model, file):
+    """(network, {"model", "transport"}) from names and shapes.
+
+    The family: TiT and LightningDiT have SwiGLU, the latter weights in its norms; REPA's and SiT's files hold a dictionary, or no
+    variances; DiT and the raw files of SiT are alike and need `model`. Clock and target: FORMATS of each publisher, see TRANSPORTS.
+    """
+    if "s_embedder.proj.weight" in tensors:
+        raise ValueError(f"{file} is a DDT, an encoder and a decoder with names of their own, which model.py does not have; "
+                         "UCGM-S works on it as on any callable: see experiments/accelerate.py")
+    wanted = ("x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight", "pos_embed", "blocks.0.attn.qkv.weight")
+    if missing := [name for name in wanted if name not in tensors]:
+        raise ValueError(f"{file} is not a DiT, SiT, LightningDiT or TiT: it lacks {', '.join(missing)} and has {', '.join(list(tensors)[:4])}, ...")
+    width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    size = next((name for name, s in SIZES.items() if (s["depth"], s["hidden_size"]) == (depth, width)), None)
+    if not size:
+        known = ", ".join(f"{name} {s['depth']} x {s['hidden_size']}" for name, s in SIZES.items())
+        raise ValueError(f"{file} has {depth} blocks of width {width}, and the number of heads cannot be told from weights; known sizes: {known}")
+    learn_sigma = tensors["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels
+    if "blocks.0.mlp.w12.weight" in tensors:
+        family, transport = ("LightningDiT", "relinear") if "blocks.0.norm1.weight" in tensors else ("TiT", "linear")
+    elif not learn_sigma or "repa" in more:
+        family, transport = "SiT", "linear"
+    elif "args" in more or model.startswith("SiT"):
+        family, transport = "SiT", "relinear"
+    elif model.startswith("DiT"):
+        family, transport = "DiT", "ddpm"
+    else:
+        raise ValueError(f"{file} may be a DiT (epsilon, DDPM) or a SiT (velocity): their files are alike; say which by --recipe dit or --recipe sit")
+    side = math.isqrt(tensors["pos_embed"].shape[1]) * patch
+    net = DiT(side, patch, channels, **SIZES[size], num_classes=len(tensors["y_embedder.embedding_table.weight"]) - 1,
+              **{**FAMILIES[family], "learn_sigma": learn_sigma})
+    return net, {"model": f"{family}-{size}/{patch}", "transport": transport}
+
+
+# ---- the hub ------------------------------------------------------------------------------------------------------
+
+def push(repo, net, config, names, picture=None, flags=""):
+    """Put a model on the hub as USER/REPO: model.safetensors, config.json, a card with the picture and the sampling command.
+
+    Returns a line that says how to use it. ValueError: not logged in, no such user, no network.
+    """
+    from huggingface_hub import HfApi
+    command = f"python sample.py --ckpt hf://{repo} {flags}".strip()
+    settings = ", ".join(f"{name} {value}" for name, value in config.sampler().items())
+    card = (f"---\ntags: [nanoucgm, image-generation]\n---\n# {repo.rpartition('/')[2]}\n\n{config.model} on {config.data}, "
+            f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, trained with recipe `{config.recipe}` of nanoUCGM "
+            f"(UCGM, arXiv 2505.07447).\n\n" + ("![samples](samples.png)\n\n" if picture else "") + f"    {command}\n\nIts own settings: {settings}.\n")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        save_model(folder / "model.safetensors", {name: whole(value) for name, value in net.state_dict().items()}, net, config, names)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        (folder / "README.md").write_text(card)
+        if picture:
+            Image.open(picture).convert("RGB").save(folder / "samples.png")
+        with hub_errors(f"the hub did not take {repo}", "expected USER/REPO of a user who is logged in (hf auth login)"):
+            HfApi().create_repo(repo, exist_ok=True)
+            HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{config.model}, recipe {config.recipe}")
+    return f"pushed to {repo}. Next: {command}"
 
 
 # ---- the state of a run -------------------------------------------------------------------------------------------

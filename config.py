@@ -19,7 +19,7 @@ class Config:
     # -- the run
     recipe: str = "shapes"              # a row of config.RECIPES, listed below
     out: str = ""                       # folder of the run; empty: runs/RECIPE
-    init_from: str = ""                 # start from, and be taught by, this model: a model.safetensors or the folder of a run
+    init_from: str = ""                 # start from, and be taught by, this model: a run, a model file, a published checkpoint, hf://USER/REPO[/FILE]
     seed: int = 0                       # decides everything random
     fresh: bool = False                 # yes: start over; what the folder held is renamed, not lost
     allow_change: bool = False          # yes: resume although settings that change the result are other ones
@@ -29,11 +29,14 @@ class Config:
     shard: bool = False                 # FSDP2 over the processes, for networks that do not fit one GPU
     grad_checkpoint: bool = False       # recompute activations in the backward pass: less memory, a third more time
     # -- data
-    data: str = "shapes"                # shapes, mnist, cifar10, folder:PATH or npz:PATH
+    data: str = "shapes"                # shapes, mnist, cifar10, folder:PATH, npz:PATH or latents:DIR
     data_dir: str = "data"              # where mnist and cifar10 are kept, and downloaded to
     image_size: int = 0                 # side in pixels, for shapes and folders; 0: 32, or the data's own
     labels: str = "all"                 # all; none: no classes; or one class, by name or number
-    workers: int = -1                   # processes that read data; -1: 0 on a cpu, 4 elsewhere
+    workers: int = -1                   # processes that read data; -1: 4 beside a GPU, else 0
+    vae: str = ""                       # latents: the autoencoder, a name of latents.AUTOENCODERS or NAME=PATH; empty: what the folder says
+    latent_mean: tuple = ()             # the network sees (latent - mean) / std, per channel; empty: the folder's statistics
+    latent_std: tuple = ()              # the same
     # -- network
     model: str = "TiT-XXS/4"            # family-size/patch: DiT SiT LightningDiT TiT, XXS XS S B L XL, 1 2 4 8
     data_output: bool = False           # the layers estimate data and F follows (see model.py); for transport linear
@@ -84,6 +87,7 @@ class Config:
     max_skipped: int = 100              # steps in a row with a loss or gradient that is not finite, after which the run ends
     tensorboard: bool = False           # also write for TensorBoard (pip install tensorboard)
     wandb: str = ""                     # also log to this Weights & Biases project (pip install wandb)
+    push: str = ""                      # when done, put the model on the hub as USER/REPO (huggingface-cli login first)
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "sample_every", "held_out_every", "save_every", "sample_steps"):
@@ -115,7 +119,7 @@ class Config:
 
 # What may differ between a run and its continuation: where and how fast it runs, and what it tells. The rest decides the result.
 FREE = set("""out steps device compile workers micro_batch shard grad_checkpoint data_dir init_from fresh allow_change grace max_skipped log_every
-           sample_every held_out_every save_every keep keep_every tensorboard wandb""".split())
+           sample_every held_out_every save_every keep keep_every tensorboard wandb push""".split())
 
 
 def differences(before, after):
@@ -157,6 +161,53 @@ RECIPES = {
     "cifar10":     {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},
     "cifar10-few": {**CIFAR, **FEW, "lr": 1e-4, "steps": 20_000, "init_from": "runs/cifar10"},
 }
+
+# The published recipes (arXiv 2505.07447), ImageNet, XL networks of 675 M parameters; FID of 50,000 pictures @ NFE, as published.
+# Not run here: they want GPU-days, ImageNet and downloads. Data: --data latents:DIR; weights: --init_from and --ckpt.
+LATENTS = dict(workers=4, vae="vavae", image_size=256, ema=(0.9999,), decay=0.0, warmup=0, batch_size=1024, clip=0.1)
+IN_MANY = {**LATENTS, **dict(enhancement_style="ft-vs-fe", cosine=True, optimizer="adamw", lr=2e-4, betas=(0.9, 0.95), clip=1.0, schedule=(1.17, 0.8, 1.1))}
+IN_FEW = {**LATENTS, **dict(consistency_ratio=1.0, enhancement_style="fc-vs-xz", huber=5.0, beta=(0.8, 1.0, 1.0), optimizer="radam", lr=1e-4,
+                            betas=(0.9, 0.999), steps=50_000, sample_steps=2, extrapolation=0.0, stochasticity=1.0)}
+IN_TUNE = {**IN_FEW, **dict(enhancement_style="fc-vs-fe", ema=(0.99,))}
+ANY = {**LATENTS, **dict(schedule=(1.17, 0.8, 1.1))}
+
+
+def row(base, model, vae, size, **more):
+    return {**base, "model": model, "vae": vae, "image_size": size, **more}
+
+
+RECIPES |= {
+    # train, many-step
+    "in256-vavae": row(IN_MANY, "TiT-XL/1", "vavae", 256, enhancement_ratio=0.47, steps=500_000, sample_steps=30, extrapolation=0.5, schedule=(1.0, 1.0, 1.0)),  # 1.21 @30
+    "in256-e2e":   row(IN_MANY, "TiT-XL/1", "e2e-vavae", 256, enhancement_ratio=0.67, steps=300_000, sample_steps=40, extrapolation=0.5),
+    "in256-sd":    row(IN_MANY, "TiT-XL/2", "sd-ema", 256, enhancement_ratio=0.44, beta=(2.4, 2.4, 1.0), steps=500_000, sample_steps=60, extrapolation=0.21),
+    "in512-dcae":  row(IN_MANY, "TiT-XL/1", "dc-ae", 512, enhancement_ratio=0.57, steps=1_000_000, sample_steps=40, extrapolation=0.46),        # 1.48 @40
+    "in512-sd":    row(IN_MANY, "TiT-XL/4", "sd-ema", 512, enhancement_ratio=0.60, beta=(2.4, 2.4, 1.0), steps=400_000, sample_steps=40, extrapolation=0.4),
+    # train, few-step, from the many-step average of the same name
+    "in256-vavae-few": row(IN_FEW, "TiT-XL/1", "vavae", 256, init_from="runs/in256-vavae", enhancement_ratio=2.0, steps=40_000, gap=(0.001, 0.3)),   # 1.42 @2
+    "in256-e2e-few":   row(IN_FEW, "TiT-XL/1", "e2e-vavae", 256, init_from="runs/in256-e2e", enhancement_ratio=1.3, huber=9.0, gap=(0.001, 0.5)),
+    "in256-sd-few":    row(IN_FEW, "TiT-XL/2", "sd-ema", 256, init_from="runs/in256-sd", enhancement_ratio=2.0, gap=(0.001, 0.3)),
+    "in512-dcae-few":  row(IN_FEW, "TiT-XL/1", "dc-ae", 512, init_from="runs/in512-dcae", enhancement_ratio=1.5, gap=(0.0, 0.6)),                    # 1.75 @2
+    "in512-sd-few":    row(IN_FEW, "TiT-XL/4", "sd-ema", 512, init_from="runs/in512-sd", enhancement_ratio=1.5, gap=(0.001, 0.5)),
+    # tune somebody else's model to two steps: give --init_from
+    "tune-repae":        row(IN_TUNE, "SiT-XL/1", "e2e-vavae", 256, enhancement_ratio=2.5, steps=500, gap=(0.001, 0.75)),                            # 1.39 @2
+    "tune-repa":         row(IN_TUNE, "SiT-XL/2", "sd-ema", 256, enhancement_ratio=1.7, steps=800, gap=(0.001, 0.6)),                                # 1.95 @2
+    "tune-lightningdit": row(IN_TUNE, "LightningDiT-XL/1", "vavae", 256, transport="relinear", enhancement_ratio=3.0, steps=800, gap=(0.001, 0.6)),  # 2.06 @2
+    # sample somebody else's model faster: give --ckpt
+    "repae":        row(ANY, "SiT-XL/1", "e2e-vavae", 256, cfg_scale=2.5, cfg_interval=(0.0, 0.76), sample_steps=40, extrapolation=0.54,
+                        schedule=(1.2, 0.72, 1.2), gap=(0.001, 0.002)),                                                                              # 1.06 @80
+    "lightningdit": row(ANY, "LightningDiT-XL/1", "vavae", 256, transport="relinear", cfg_scale=6.7, cfg_interval=(0.125, 1.0), sample_steps=50,
+                        extrapolation=0.5),                                                                                                          # 1.21 @100
+    "sit":          row(ANY, "SiT-XL/2", "sd-ema", 256, transport="relinear", cfg_scale=1.5, sample_steps=50),            # no published UCGM-S setting
+    "dit":          row(ANY, "DiT-XL/2", "sd-ema", 256, transport="ddpm", cfg_scale=1.5, sample_steps=50, schedule=(1.0, 1.0, 1.0), gap=(0.001, 0.001)),   # as sit
+}
+
+# Where the hub has weights for a recipe: (repository, patterns of file names); None: they are trained, not fetched.
+UCGM = "sp12138sp/UCGM"
+PUBLISHED = {**{name: (UCGM, ("outputs/*/*/checkpoints/*.pt",)) for name in RECIPES if name.startswith("in")},
+             "repae": ("REPA-E/sit-ldm-e2e-vavae", ("*.pt", "*.safetensors")), "tune-repae": ("REPA-E/sit-ldm-e2e-vavae", ("*.pt", "*.safetensors")),
+             "lightningdit": ("hustvl/lightningdit-xl-imagenet256-800ep", ("*.pt",)), "tune-lightningdit": ("hustvl/lightningdit-xl-imagenet256-800ep", ("*.pt",)),
+             "sit": ("nyu-visionx/SiT-collections", ("*XL*256*.pt",)), "tune-repa": None, "dit": None}
 
 
 # ---- command line -------------------------------------------------------------------------------------------------

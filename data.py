@@ -10,6 +10,7 @@
 | cifar10      | 32x32 colour photographs, the same way; mirrored at random                                            |
 | folder:PATH  | one sub-folder a class, any sizes: resized, centre-cropped, mirrored at random; transparency on white |
 | npz:PATH     | arrays x (uint8; N, H, W, C or N, H, W) and y (integers)                                              |
+| latents:DIR  | what latents.py encoded, or somebody published so; mirrored at random                                 |
 
 A finite set is read in a new order each epoch. No state means: nothing to save, and workers and machines need not agree on anything.
 Run `python data.py` to see a page of shapes.
@@ -128,13 +129,13 @@ class Shapes:
 # ---- finite sets --------------------------------------------------------------------------------------------------
 
 class Stored:
-    """A finite set of pictures as an endless stream: a new order each epoch, mirrored at random if `mirror`.
+    """A finite set as an endless stream: a new order each epoch, mirrored at random if `mirror`.
 
-    read(indices) -> uint8 (B, C, S, S); labels (N,) int; names: of the classes.
+    read(indices, flip) -> float32 (B, C, S, S) with the rows of flip (bool) mirrored; labels (N,) int; names: of the classes.
     """
 
     def __init__(self, read, labels, shape, names, seed, mirror=False):
-        self.read, self.labels, self.shape, self.seed, self.mirror = read, np.asarray(labels), shape, seed, mirror
+        self.read, self.labels, self.shape, self.seed, self.mirror = read, np.asarray(labels), tuple(shape), seed, mirror
         self.names, self.labelled, self.orders = names, True, {}
 
     def __len__(self):
@@ -144,16 +145,16 @@ class Stored:
         rows, read = np.flatnonzero(self.labels == label), self.read
         if not len(rows):
             raise ValueError(f"there is no picture of class {self.names[label]}; choose another for --labels")
-        self.labels, self.read = self.labels[rows], lambda indices: read(rows[indices])
+        self.labels, self.read = self.labels[rows], lambda indices, flip: read(rows[indices], flip)
 
     def hold_out(self, count):
         """x, y of `count` pictures (at most a twentieth) that leave the stream, the same for every seed."""
-        shuffled, read, labels, mirror = np.random.default_rng(0).permutation(len(self)), self.read, self.labels, self.mirror
+        shuffled, read, labels = np.random.default_rng(0).permutation(len(self)), self.read, self.labels
         count = min(count, len(self) // 20)
-        self.read, self.labels, self.mirror = lambda indices: read(shuffled[:count][indices]), labels[shuffled[:count]], False
-        held = self[np.arange(count)] if count else (torch.zeros(0, *self.shape), torch.zeros(0).long())
-        self.read, self.labels, self.mirror, self.orders = lambda indices: read(shuffled[count:][indices]), labels[shuffled[count:]], mirror, {}
-        return held
+        held = shuffled[:count]
+        self.read, self.labels, self.orders = lambda indices, flip: read(shuffled[count:][indices], flip), labels[shuffled[count:]], {}
+        y = torch.from_numpy(labels[held]).long()
+        return read(held, np.zeros(count, bool)) if count else torch.zeros(0, *self.shape), y if self.labelled else torch.zeros_like(y)
 
     def order(self, epoch):
         if epoch not in self.orders:    # keep two: a batch can lie across the border of epochs
@@ -162,24 +163,36 @@ class Stored:
 
     def __getitem__(self, positions):
         epochs, places = np.divmod(np.asarray(positions), len(self))
-        indices = np.array([self.order(e)[p] for e, p in zip(epochs.tolist(), places.tolist())])
-        x = torch.from_numpy(self.read(indices)).float() / 127.5 - 1                                 # (B, C, S, S)
-        if self.mirror:
-            flip = torch.from_numpy(uniforms(self.seed, positions, 1)[:, 0] < 0.5)
-            x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            indices[epochs == epoch] = self.order(int(epoch))[places[epochs == epoch]]
+        flip = uniforms(self.seed, positions, 1)[:, 0] < 0.5 if self.mirror else np.zeros(len(indices), bool)
         y = torch.from_numpy(self.labels[indices]).long()
-        return x, y if self.labelled else torch.zeros_like(y)                                        # (B, C, S, S), (B,)
+        return self.read(indices, flip), y if self.labelled else torch.zeros_like(y)                 # (B, C, S, S), (B,)
 
 
-def read_picture(path, size):
-    """uint8 (3, size, size): shorter side to size, centre crop, transparency on white. ValueError names what it cannot read."""
+def pictures(read):
+    """What Stored reads, from read(indices) -> uint8 (B, C, S, S)."""
+    def floats(indices, flip):
+        x = torch.from_numpy(read(indices)).float() / 127.5 - 1
+        return torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
+    return floats
+
+
+def read_rgb(path):
+    """An RGB Pillow image, transparency on white. ValueError names what it cannot read."""
     try:
         image = Image.open(path)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    except OSError as error:
+        return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the picture {path} ({error}): replace or remove it") from error
+
+
+def read_picture(path, size):
+    """uint8 (3, size, size): shorter side to size, centre crop."""
+    return np.asarray(ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 def open_folder(path, size, seed):
@@ -193,7 +206,7 @@ def open_folder(path, size, seed):
                          "png, jpg or webp files in it, such as PATH/cats/1.png") from error
     paths, labels = zip(*folder.samples)
     read_picture(paths[0], size)
-    return Stored(lambda indices: np.stack([read_picture(paths[i], size) for i in indices]), labels, (3, size, size),
+    return Stored(pictures(lambda indices: np.stack([read_picture(paths[i], size) for i in indices])), labels, (3, size, size),
                   folder.classes, seed, mirror=True)
 
 
@@ -204,7 +217,7 @@ def stored_arrays(x, y, names, seed, mirror=False):
         raise ValueError(f"expected x uint8 (N, S, S, C) or (N, S, S) and y integers (N,), found x {x.dtype} {x.shape}, y {y.dtype} {y.shape}")
     x = x[..., None] if x.ndim == 3 else x
     x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))                                                # (N, C, S, S)
-    return Stored(lambda indices: x[indices], y, x.shape[1:], names or [str(k) for k in range(int(y.max()) + 1)], seed, mirror)
+    return Stored(pictures(lambda indices: x[indices]), y, x.shape[1:], names or [str(k) for k in range(int(y.max()) + 1)], seed, mirror)
 
 
 def open_npz(path, seed):
@@ -230,12 +243,12 @@ def open_torchvision(name, root, seed):
 
 # ---- the one door -------------------------------------------------------------------------------------------------
 
-def open_dataset(name, size=None, seed=0, labels="all", root="data"):
+def open_dataset(name, size=None, seed=0, labels="all", root="data", vae=""):
     """The stream called `name`: see the table above. It has .shape (C, S, S), .names of the classes, and len() if it is finite.
 
     size: of the pictures, for shapes and folders (default 32); other sets have their own. labels: "all"; "none", or a class by
-    name or number (only its pictures), and then names is empty and every y is 0. root: where downloads go. ValueError: what was
-    found and what to type.
+    name or number (only its pictures), and then names is empty and every y is 0. root: where downloads go. vae: the autoencoder of
+    latents, where their folder does not say. ValueError: what was found and what to type.
     """
     kind, _, path = name.partition(":")
     if kind == "shapes":
@@ -246,8 +259,11 @@ def open_dataset(name, size=None, seed=0, labels="all", root="data"):
         data = open_npz(path, seed)
     elif kind in ("mnist", "cifar10"):
         data = open_torchvision(kind, root, seed)
+    elif kind == "latents":
+        from latents import open_latents
+        data, size = open_latents(path, seed, vae), None
     else:
-        near = difflib.get_close_matches(kind, ["shapes", "mnist", "cifar10", "folder:PATH", "npz:PATH"], cutoff=0)
+        near = difflib.get_close_matches(kind, ["shapes", "mnist", "cifar10", "folder:PATH", "npz:PATH", "latents:DIR"], cutoff=0)
         raise ValueError(f"unknown data {name!r}; nearest: {', '.join(near)}")
     if size and size != data.shape[-1]:
         raise ValueError(f"{name} has pictures of {data.shape[-1]} pixels, not {size}; leave --image_size out, or use folder:PATH, which resizes")
@@ -280,9 +296,14 @@ def noise_like_seed(seeds, shape, step=None):
     return torch.stack(rows)
 
 
+def eight_bit(x):
+    """[-1, 1] to uint8: clamp(127.5 x + 128, 0, 255), rounded down."""
+    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
 def to_uint8(x):
-    """Pictures (B, C, S, S) in [-1, 1] to numpy uint8 (B, S, S, C): clamp(127.5 x + 128)."""
-    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    """Pictures (B, C, S, S) in [-1, 1] to numpy uint8 (B, S, S, C)."""
+    return eight_bit(x).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def contact_sheet(x, columns, side=64):

@@ -67,14 +67,15 @@ def utilisation(net, objective, device, images_per_s):
     return {"memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3), **share}
 
 
-def preview(net, drawing, device, autocast, seed):
-    """A sheet of pictures from fixed noise, a column a class, drawn with the recipe's own sampler settings."""
+def preview(net, drawing, device, autocast, decode=None):
+    """A sheet of pictures from fixed noise, a column a class, drawn with the recipe's own sampler settings; of latents without
+    decode, three channels."""
     columns = min(max(1, net.num_classes), 10) if net.num_classes else 8
     seeds, shape = range(8 * columns), (net.in_channels, net.input_size, net.input_size)
     y = torch.arange(len(seeds), device=device) % columns if net.num_classes else torch.zeros(len(seeds), dtype=torch.int64, device=device)
     with autocast:
         x = sample(net, noise_like_seed(seeds, shape).to(device), y, **drawing, noise=lambda i: noise_like_seed(seeds, shape, i).to(device))
-    return contact_sheet(x, columns)
+    return contact_sheet(decode(x) if decode else x, columns)
 
 
 def draw_curves(out, size=(900, 420)):

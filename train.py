@@ -27,58 +27,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import State, build, load_model, newest_state, save_model, save_state, set_aside, state_tensors, survive_full_disk, write_safely
+from checkpoint import State, build, load_model, newest_state, push, save_model, save_state, set_aside, state_tensors, survive_full_disk, write_safely
 from config import RECIPES, differences, fail, read_config
 from data import key, open_dataset
+from latents import Autoencoder
+from machine import autocast, join, pick_device, pick_dtype
 from objective import resolve
 from report import Log, draw_curves, preview, utilisation
 from sampler import check, time_grid
 
 BLOCK = 16      # pictures whose randomness is drawn together; the batch is dealt out in blocks, so that its contents do not depend on the deal
-
-
-# ---- where to run -------------------------------------------------------------------------------------------------
-
-def pick_device(wanted, local_rank=0):
-    """A torch.device; "auto" is cuda, mps or cpu, the first that is there. ValueError if the wanted one is not."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(name for name in there if there[name]) if wanted == "auto" else wanted
-    if not there.get(name):
-        raise ValueError(f"device {wanted!r} is not available; this machine has: {', '.join(n for n in there if there[n])}")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-
-
-def pick_dtype(wanted, device):
-    """The dtype of the matrix products; "auto" is bfloat16 where it is faster: on GPUs that have it, on CPUs by a try."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    if device.type != "cpu":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-    def seconds(dtype):
-        a, times = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(6):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        return min(times)
-    return torch.bfloat16 if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def join(device, rank, world):
-    """Enter the process group: nccl on GPUs, gloo elsewhere."""
-    store = None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-        # torchrun keeps one store over its restarts: without a prefix, a restarted process finds the addresses of dead peers there
-        agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore(f"restart{os.environ['TORCHELASTIC_RESTART_COUNT']}", agent)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
 
 
 # ---- one batch, however it is dealt -------------------------------------------------------------------------------
@@ -220,7 +178,9 @@ def main(config):
     config.dtype = str(dtype)[6:]
     accumulate = split_batch(config, world)
     objective = config.objective()
-    data = open_dataset(config.data, config.image_size or None, config.seed, config.labels, config.data_dir)
+    data = open_dataset(config.data, config.image_size or None, config.seed, config.labels, config.data_dir, config.vae)
+    if config.data.startswith("latents:") and not config.latent_mean:
+        config.vae, config.latent_mean, config.latent_std = data.latent
     held_out = data.hold_out(config.held_out)
     if hasattr(data, "__len__") and len(data) < config.batch_size:
         raise ValueError(f"{config.data} has {len(data)} pictures to train on, fewer than one batch of {config.batch_size}: add pictures, or lower --batch_size")
@@ -289,9 +249,9 @@ def main(config):
     model.num_classes = net.num_classes
 
     # The data: a stream of positions, read by worker processes where that helps.
-    workers = config.workers if config.workers >= 0 else 0 if device.type == "cpu" else 4
-    loader = iter(torch.utils.data.DataLoader(data, batch_size=None, sampler=positions(config, first, world, accumulate, rank),
-                                              num_workers=workers, pin_memory=device.type == "cuda"))
+    workers = config.workers if config.workers >= 0 else 4 if device.type == "cuda" else 0
+    loader = iter(torch.utils.data.DataLoader(data, batch_size=None, sampler=positions(config, first, world, accumulate, rank), num_workers=workers,
+                                              pin_memory=device.type == "cuda", multiprocessing_context="fork" if workers else None))
     generator = torch.Generator(device="cpu" if device.type == "mps" else device)
     held_out = [v.to(device) for v in held_out]
 
@@ -302,6 +262,12 @@ def main(config):
         f"{config.batch_size // world // accumulate} pictures")
     if state:
         say(f"resumed from {found[0]} at step {first} of {config.steps}")
+    decode = None
+    if config.vae and rank == 0:
+        try:
+            decode = Autoencoder(config.vae, config.latent_mean, config.latent_std).to(device).decode
+        except ValueError as error:
+            say(f"the pictures of this run show three channels of the latents: {error}")
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
     log = Log(out, config, first, bar.write) if rank == 0 else None
     by_t = torch.zeros(5, 3, device=device)                        # sum of loss, of unweighted loss, and count, by fifths of t
@@ -325,7 +291,7 @@ def main(config):
                         with survive_full_disk("the best model", bar.write):
                             save_model(out / "best.safetensors", tensors, net, config, data.names)
             if begun and (step % config.sample_every == 0 or last) and (rank == 0 or config.shard):
-                page = preview(emas[0], drawing, device, autocast(device, dtype), config.seed)
+                page = preview(emas[0], drawing, device, autocast(device, dtype), decode)
                 if rank == 0:
                     with survive_full_disk("the pictures", bar.write):
                         write_safely(out / f"grid_{step:07d}.png", lambda path: page.save(path, "PNG"))
@@ -402,6 +368,8 @@ def main(config):
         more = config.consistency_ratio == 0 and config.recipe + "-few" in RECIPES
         say(f"model and pictures are in {out}. Next: python sample.py --ckpt {out} --steps {config.sample_steps}"
             + (f", or tune it to two steps: python train.py --recipe {config.recipe}-few" if more else ""))
+        if config.push and rank == 0:
+            say(push(config.push, *load_model(out), out / f"grid_{config.steps:07d}.png"))
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,0 +1,63 @@
+"""Where to run: the device, the precision, and one process among several."""
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+
+def pick_device(wanted, local_rank=0):
+    """A torch.device; "auto" is cuda, mps or cpu, the first that is there. ValueError if the wanted one is not."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(name for name in there if there[name]) if wanted == "auto" else wanted
+    if not there.get(name):
+        raise ValueError(f"device {wanted!r} is not available; this machine has: {', '.join(n for n in there if there[n])}")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def pick_dtype(wanted, device):
+    """The dtype of the matrix products; "auto" is bfloat16 where it is faster: on GPUs that have it, on CPUs by a try."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type != "cpu":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+    def seconds(dtype):
+        a, times = torch.ones(512, 512, dtype=dtype), []
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return min(times)
+    return torch.bfloat16 if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def join(device, rank, world):
+    """Enter the process group: nccl on GPUs, gloo elsewhere."""
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # torchrun keeps one store over its restarts: without a prefix, a restarted process finds the addresses of dead peers there
+        agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"restart{os.environ['TORCHELASTIC_RESTART_COUNT']}", agent)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+
+
+def place():
+    """(rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(*words):
+    if place()[0] == 0:
+        print(*words, flush=True)
+
+
+def deal(count, batch_size, rank, world):
+    """The first index of each of this process's batches: batches do not depend on the number of processes, only their owner does."""
+    return range(rank * batch_size, count, world * batch_size)
