@@ -142,7 +142,7 @@ def damaged_checkpoints(home):
     ("train.py", "--steps 0", "steps"),
     ("train.py", "--cosine maybe", "invalid"),
     ("train.py", "--init_from nowhere", "no model at nowhere"),
-    ("train.py", "--init_from foreign.safetensors", "was not written by train.py"),
+    ("train.py", "--init_from foreign.safetensors", "it lacks x_embedder.proj.weight"),
     ("train.py", "--recipe shapes-few", "no model at runs/shapes"),
     ("train.py", "--data folder:empty", "no pictures"),
     ("train.py", "--data folder:missing", "no folder missing"),
@@ -155,14 +155,14 @@ def damaged_checkpoints(home):
     ("train.py", "--enhancement_ratio 1 --enhancement_style ft-vs-fe --consistency_ratio 1", "ft-vs-fe is for consistency ratio 0"),
     ("train.py", "--transport epsilon-prediction --data_output no --consistency_ratio 1 --enhancement_ratio 0", "those that can"),
     ("train.py", "--transport trigflow", "data_output is for transport linear"),
-    ("train.py", "--recipe shapes-few --init_from foreign.safetensors", "was not written by train.py"),
+    ("train.py", "--recipe shapes-few --init_from foreign.safetensors", "it lacks x_embedder.proj.weight"),
     ("train.py", "--optimizer sgd", "use adamw or radam"),
     ("train.py", "--device gpu", "this machine has"),
     ("train.py", "--labels square,star", "no class"),
     ("train.py", "--extrapolation auto --stochasticity 1", "number instead"),
     ("sample.py", "--ckpt nowhere", "no model at nowhere"),
-    ("sample.py", "--ckpt text.safetensors", "not a readable safetensors file"),
-    ("sample.py", "--ckpt foreign.safetensors", "was not written by train.py"),
+    ("sample.py", "--ckpt text.safetensors", "not a file of weights that can be read safely"),
+    ("sample.py", "--ckpt foreign.safetensors", "it lacks x_embedder.proj.weight"),
     ("sample.py", "--classes 8", "numbered 0..7"),
     ("sample.py", "--classes hart", "heart"),
     ("sample.py", "--seeds 5-x", "expected such as 0-63"),
@@ -183,7 +183,7 @@ def test_damaged_own_model(trained, capsys):
     file = trained[0] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     status, out, err = run("sample.py", "--ckpt", trained[0], capsys=capsys)
-    assert status == 2 and "not a readable safetensors file" in err and not Path("samples.png").exists()
+    assert status == 2 and "not a file of weights that can be read safely" in err and not Path("samples.png").exists()
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------
