@@ -24,7 +24,7 @@ from PIL import Image
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from config import Config, recipe_row
-from model import FAMILIES, MODELS, SIZES, DiT
+from model import DDT, ENCODER, FAMILIES, MODELS, SIZES, DiT
 
 
 def write_safely(path, write):
@@ -69,7 +69,7 @@ def build(config, shape, num_classes):
     """The network that a config describes, for pictures of `shape` (C, S, S). ValueError names the nearest models."""
     if config.model not in MODELS:
         raise ValueError(f"unknown model {config.model!r}; nearest: {', '.join(difflib.get_close_matches(config.model, MODELS, cutoff=0))}")
-    return MODELS[config.model](input_size=shape[-1], in_channels=shape[0], num_classes=num_classes, data_output=config.data_output)
+    return MODELS[config.model](input_size=shape[-1], in_channels=shape[0], num_classes=num_classes, **({"data_output": True} if config.data_output else {}))
 
 
 def save_model(path, tensors, net, config, names):
@@ -103,7 +103,7 @@ def find_model(path):
 
 
 def load_model(path, device="cpu", recipe=""):
-    """(net, config, class names) from what find_model finds: our files, or those of UCGM, REPA, REPA-E, SiT, DiT, LightningDiT.
+    """(net, config, class names) from what find_model finds: our files, or those of UCGM, REPA, REPA-E, SiT, DiT, LightningDiT, DDT.
 
     recipe: a row of config.RECIPES whose network, transport and sampler are used, for files that do not say. ValueError if the file is
     damaged, or of no family that is known; it lists the names that are missing or left over.
@@ -115,7 +115,7 @@ def load_model(path, device="cpu", recipe=""):
         config = dataclasses.replace(config, **{k: v for k, v in row.items() if k in SAMPLING})
         net = build(config, shape, len(names)).to(device)
     else:
-        net, found = recognise(tensors, more, row.get("model", ""), file)
+        net, found = recognise(tensors, more, row.get("model", ""), row.get("image_size", 256), file)
         if row.get("model", found["model"]) != found["model"]:
             raise ValueError(f"{file} is {found['model']}, and recipe {recipe} is for {row['model']}")
         config, names = Config(**{**found, **row, "recipe": recipe or "shapes"}), [str(k) for k in range(net.num_classes)]
@@ -151,24 +151,26 @@ def read_tensors(file, device="cpu"):
     return {name: value.float() for name, value in tensors.items() if not name.startswith(("projectors.", "feat_rope."))}, {}, more
 
 
-def recognise(tensors, more, model, file):
+def recognise(tensors, more, model, image_size, file):
     """(network, {"model", "transport"}) from names and shapes.
 
     The family: TiT and LightningDiT have SwiGLU, the latter weights in its norms; REPA's and SiT's files hold a dictionary, or no
     variances; DiT and the raw files of SiT are alike and need `model`. Clock and target: FORMATS of each publisher, see TRANSPORTS.
     """
-    if "s_embedder.proj.weight" in tensors:
-        raise ValueError(f"{file} is a DDT, an encoder and a decoder with names of their own, which model.py does not have; "
-                         "UCGM-S works on it as on any callable: see experiments/accelerate.py")
-    wanted = ("x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight", "pos_embed", "blocks.0.attn.qkv.weight")
-    if missing := [name for name in wanted if name not in tensors]:
-        raise ValueError(f"{file} is not a DiT, SiT, LightningDiT or TiT: it lacks {', '.join(missing)} and has {', '.join(list(tensors)[:4])}, ...")
-    width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+    wanted = ("x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight", "pos_embed")
+    if missing := [name for name in wanted[:4 if "s_embedder.proj.weight" in tensors else 5] if name not in tensors]:
+        raise ValueError(f"{file} is not a DiT, SiT, LightningDiT, TiT or DDT: it lacks {', '.join(missing)} and has {', '.join(list(tensors)[:4])}, ...")
+    ddt, width = "s_embedder.proj.weight" in tensors, len(tensors["final_layer.linear.weight"][0])
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     size = next((name for name, s in SIZES.items() if (s["depth"], s["hidden_size"]) == (depth, width)), None)
     if not size:
         known = ", ".join(f"{name} {s['depth']} x {s['hidden_size']}" for name, s in SIZES.items())
         raise ValueError(f"{file} has {depth} blocks of width {width}, and the number of heads cannot be told from weights; known sizes: {known}")
+    classes = len(tensors["y_embedder.embedding_table.weight"]) - 1
+    if ddt:     # neither positions nor patches are in the file: it is a /2 of 4 channels, at the recipe's size; so many blocks are the encoder
+        net = DDT(image_size // 8 or 32, 2, tensors["x_embedder.proj.weight"].shape[1] // 4, **SIZES[size], encoder_depth=ENCODER[size], num_classes=classes)
+        return net, {"model": f"DDT-{size}/2", "transport": "relinear"}
+    _, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     learn_sigma = tensors["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels
     if "blocks.0.mlp.w12.weight" in tensors:
         family, transport = ("LightningDiT", "relinear") if "blocks.0.norm1.weight" in tensors else ("TiT", "linear")
@@ -181,7 +183,7 @@ def recognise(tensors, more, model, file):
     else:
         raise ValueError(f"{file} may be a DiT (epsilon, DDPM) or a SiT (velocity): their files are alike; say which by --recipe dit or --recipe sit")
     side = math.isqrt(tensors["pos_embed"].shape[1]) * patch
-    net = DiT(side, patch, channels, **SIZES[size], num_classes=len(tensors["y_embedder.embedding_table.weight"]) - 1,
+    net = DiT(side, patch, channels, **SIZES[size], num_classes=classes,
               **{**FAMILIES[family], "learn_sigma": learn_sigma})
     return net, {"model": f"{family}-{size}/{patch}", "transport": transport}
 

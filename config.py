@@ -38,7 +38,7 @@ class Config:
     latent_mean: tuple = ()             # the network sees (latent - mean) / std, per channel; empty: the folder's statistics
     latent_std: tuple = ()              # the same
     # -- network
-    model: str = "TiT-XXS/4"            # family-size/patch: DiT SiT LightningDiT TiT, XXS XS S B L XL, 1 2 4 8
+    model: str = "TiT-XXS/4"            # family-size/patch: DiT SiT LightningDiT TiT, XXS XS S B L XL, 1 2 4 8; DDT, B L XL, 2
     data_output: bool = False           # the layers estimate data and F follows (see model.py); for transport linear
     # -- loss (objective.py)
     transport: str = "linear"           # linear relinear trigflow triglinear edm random x-prediction epsilon-prediction ddpm
@@ -98,6 +98,8 @@ class Config:
                 raise ValueError(f"{name} is {value}; it must lie in 0..1")
         if self.data_output and self.transport != "linear":
             raise ValueError(f"data_output is for transport linear, found {self.transport}; for other paths leave it out")
+        if self.model.startswith("DDT") and (self.data_output or self.grad_checkpoint):
+            raise ValueError("DDT has neither data_output nor grad_checkpoint: leave them out")
         for name, allowed in (("compile", ("auto", "yes", "no")), ("optimizer", ("adamw", "radam")), ("dtype", ("auto", "bfloat16", "float32"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(allowed[:-1])} or {allowed[-1]}")
@@ -193,11 +195,14 @@ RECIPES |= {
     "tune-repae":        row(IN_TUNE, "SiT-XL/1", "e2e-vavae", 256, enhancement_ratio=2.5, steps=500, gap=(0.001, 0.75)),                            # 1.39 @2
     "tune-repa":         row(IN_TUNE, "SiT-XL/2", "sd-ema", 256, enhancement_ratio=1.7, steps=800, gap=(0.001, 0.6)),                                # 1.95 @2
     "tune-lightningdit": row(IN_TUNE, "LightningDiT-XL/1", "vavae", 256, transport="relinear", enhancement_ratio=3.0, steps=800, gap=(0.001, 0.6)),  # 2.06 @2
+    "tune-ddt":          row(IN_TUNE, "DDT-XL/2", "sd-ema", 256, transport="relinear", batch_size=512, enhancement_ratio=1.9, steps=800, gap=(0.001, 0.5)),  # 1.90 @2
     # sample somebody else's model faster: give --ckpt
     "repae":        row(ANY, "SiT-XL/1", "e2e-vavae", 256, cfg_scale=2.5, cfg_interval=(0.0, 0.76), sample_steps=40, extrapolation=0.54,
                         schedule=(1.2, 0.72, 1.2), gap=(0.001, 0.002)),                                                                              # 1.06 @80
     "lightningdit": row(ANY, "LightningDiT-XL/1", "vavae", 256, transport="relinear", cfg_scale=6.7, cfg_interval=(0.125, 1.0), sample_steps=50,
                         extrapolation=0.5),                                                                                                          # 1.21 @100
+    "ddt":          row(ANY, "DDT-XL/2", "sd-ema", 256, transport="relinear", cfg_scale=2.0, cfg_interval=(0.3, 1.0), sample_steps=50, extrapolation=0.28),   # 1.27 @100
+    "ddt512":       row(ANY, "DDT-XL/2", "sd-ema", 512, transport="relinear", cfg_scale=3.0, cfg_interval=(0.3, 1.0), sample_steps=150, extrapolation=0.28),  # 1.24 @300
     "sit":          row(ANY, "SiT-XL/2", "sd-ema", 256, transport="relinear", cfg_scale=1.5, sample_steps=50),            # no published UCGM-S setting
     "dit":          row(ANY, "DiT-XL/2", "sd-ema", 256, transport="ddpm", cfg_scale=1.5, sample_steps=50, schedule=(1.0, 1.0, 1.0), gap=(0.001, 0.001)),   # as sit
 }
@@ -207,7 +212,8 @@ UCGM = "sp12138sp/UCGM"
 PUBLISHED = {**{name: (UCGM, ("outputs/*/*/checkpoints/*.pt",)) for name in RECIPES if name.startswith("in")},
              "repae": ("REPA-E/sit-ldm-e2e-vavae", ("*.pt", "*.safetensors")), "tune-repae": ("REPA-E/sit-ldm-e2e-vavae", ("*.pt", "*.safetensors")),
              "lightningdit": ("hustvl/lightningdit-xl-imagenet256-800ep", ("*.pt",)), "tune-lightningdit": ("hustvl/lightningdit-xl-imagenet256-800ep", ("*.pt",)),
-             "sit": ("nyu-visionx/SiT-collections", ("*XL*256*.pt",)), "tune-repa": None, "dit": None}
+             "sit": ("nyu-visionx/SiT-collections", ("*XL*256*.pt",)), "tune-repa": None, "dit": None, "ddt": ("MCG-NJU/DDT-XL-22en6de-R256", ("*.ckpt", "*.pt")),
+             "ddt512": ("MCG-NJU/DDT-XL-22en6de-R512", ("*.ckpt", "*.pt")), "tune-ddt": ("MCG-NJU/DDT-XL-22en6de-R256", ("*.ckpt", "*.pt"))}
 
 
 # ---- command line -------------------------------------------------------------------------------------------------

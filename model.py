@@ -63,12 +63,12 @@ class TimeEmbedder(nn.Module):
     """t (B,) to (B, D): 256 cosines and sines, then an MLP. In float32 always: two neighbouring times differ in the fourth
     digit, which bfloat16 does not have, and the consistency loss lives on that difference."""
 
-    def __init__(self, width):
+    def __init__(self, width, period=10000):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp, self.period = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width)), period
 
     def forward(self, t):
-        freq = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device, dtype=torch.float32))
+        freq = torch.exp(-math.log(self.period) / 128 * torch.arange(128, device=t.device, dtype=torch.float32))
         angle = t[:, None].to(self.mlp[0].weight.dtype) * freq                                       # (B, 128)
         with torch.autocast(t.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))                            # (B, D)
@@ -87,12 +87,12 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.qk_norm = NORMS["rms"](width // heads) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (NORMS["rms"](width // heads) if qk_norm else nn.Identity() for _ in range(2))
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, rope):
         q, k, v = rearrange(self.qkv(x), "b n (three a e) -> three b a n e", three=3, a=self.heads)  # (B, A, N, E) each
-        q, k = self.qk_norm(q), self.qk_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         x = attend(q.to(v.dtype), k.to(v.dtype), v)                                                  # (B, A, N, E)
@@ -215,6 +215,66 @@ class DiT(nn.Module):
         return (x_t - x) / t.clamp(min=0.05).view(-1, 1, 1, 1) if self.data_output else x
 
 
+# ---- DDT ----------------------------------------------------------------------------------------------------------
+
+class DDT(nn.Module):
+    """F(x, t, y) of DDT (arXiv 2504.05741): the first blocks encode x_t under time and class, and what they find steers the others, token
+    by token, as c steers a DiT. For published checkpoints (clock and sign: transport relinear); names are theirs, shapes as in DiT."""
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, encoder_depth=22, num_classes=1000):
+        super().__init__()
+        self.num_classes, self.in_channels, self.input_size, self.patch_size = num_classes, in_channels, input_size, patch_size
+        self.encoder_depth, patch = encoder_depth, in_channels * patch_size**2
+        self.x_embedder, self.s_embedder, self.y_embedder = nn.Sequential(), nn.Sequential(), nn.Sequential()
+        self.x_embedder.proj, self.s_embedder.proj = nn.Linear(patch, hidden_size), nn.Linear(patch, hidden_size)
+        self.y_embedder.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        self.t_embedder = TimeEmbedder(hidden_size, period=10)
+        self.blocks = nn.ModuleList(DDTBlock(hidden_size, num_heads) for _ in range(depth))
+        self.final_layer = nn.Sequential()
+        self.final_layer.adaLN_modulation = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size))
+        self.final_layer.linear = nn.Linear(hidden_size, patch)
+        grid = input_size // patch_size
+        place = torch.linspace(0, 16, grid, dtype=torch.float64)       # positions run from 0 to 16 at every resolution
+        freq = 10000.0 ** (-torch.arange(0, hidden_size // num_heads, 4, dtype=torch.float64) / (hidden_size // num_heads))
+        axis = place[:, None] * freq                                                                 # (G, E/4)
+        angle = torch.stack([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], -1)             # (N, E/4, 2): column, row
+        angle = angle.flatten(1).repeat_interleave(2, 1)                                             # (N, E)
+        self.register_buffer("rope_cos", angle.cos().float(), persistent=False)
+        self.register_buffer("rope_sin", angle.sin().float(), persistent=False)
+
+    def forward(self, x, t, y):
+        rope, patches = (self.rope_cos, self.rope_sin), F.unfold(x, self.patch_size, stride=self.patch_size).transpose(1, 2)    # (B, N, C*P*P)
+        t, y = self.t_embedder(t)[:, None], self.y_embedder(y)[:, None]                              # (B, 1, D) each
+        s, c = self.s_embedder(patches), F.silu(t + y)                                               # (B, N, D), (B, 1, D)
+        for block in self.blocks[:self.encoder_depth]:
+            s = block(s, c, rope)                                                                    # (B, N, D)
+        s, x = F.silu(t + s), self.x_embedder(patches)                                               # (B, N, D) each
+        for block in self.blocks[self.encoder_depth:]:
+            x = block(x, s, rope)                                                                    # (B, N, D)
+        shift, scale = self.final_layer.adaLN_modulation(s).chunk(2, dim=-1)                         # (B, N, D) each
+        x = self.final_layer.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)   # (B, N, C*P*P)
+        return F.fold(x.transpose(1, 2), 2 * (self.input_size,), self.patch_size, stride=self.patch_size)                       # (B, C, S, S)
+
+
+class DDTBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2 = NORMS["rms-weight"](width), NORMS["rms-weight"](width)
+        self.attn, self.mlp, hidden = Attention(width, heads, qk_norm=False), nn.Sequential(), int(2 / 3 * 4 * width)
+        self.attn.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn.q_norm, self.attn.k_norm = NORMS["rms-weight"](width // heads), NORMS["rms-weight"](width // heads)
+        self.mlp.w1, self.mlp.w2, self.mlp.w3 = (nn.Linear(*shape, bias=False) for shape in ((width, hidden), (hidden, width), (width, hidden)))
+        self.adaLN_modulation = nn.Sequential(nn.Linear(width, 6 * width))
+
+    def forward(self, x, c, rope):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)     # (B, 1 or N, D) each
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope)                       # (B, N, D)
+        x_in = self.norm2(x) * (1 + scale2) + shift2
+        return x + gate2 * self.mlp.w2(F.silu(self.mlp.w1(x_in)) * self.mlp.w3(x_in))                # (B, N, D)
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
 FAMILIES = {"DiT":          dict(norm="layer", qk_norm=False, mlp="gelu", rope=False, learn_sigma=True),
             "SiT":          dict(norm="layer", qk_norm=False, mlp="gelu", rope=False),
             "LightningDiT": dict(norm="rms-weight", qk_norm=False, mlp="swiglu", rope=True),
@@ -227,3 +287,5 @@ SIZES = {"XXS": dict(depth=4, hidden_size=128, num_heads=4),       # the two sma
          "XL":  dict(depth=28, hidden_size=1152, num_heads=16)}
 MODELS = {f"{family}-{size}/{patch}": partial(DiT, patch_size=patch, **SIZES[size], **FAMILIES[family])
           for family in FAMILIES for size in SIZES for patch in (1, 2, 4, 8)}
+ENCODER = {"B": 8, "L": 20, "XL": 22}      # DDT: how many blocks encode
+MODELS |= {f"DDT-{size}/2": partial(DDT, **SIZES[size], encoder_depth=depth) for size, depth in ENCODER.items()}

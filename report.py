@@ -51,7 +51,7 @@ class Log:
 
 def flops_per_image(net):
     """Floating-point operations of one forward pass on one picture: two per weight and token, and the attention products."""
-    tokens, width = net.pos_embed.shape[1:]
+    tokens, width = (net.input_size // net.patch_size) ** 2, net.y_embedder.embedding_table.weight.shape[1]
     by_token = sum(m.weight.numel() for name, m in net.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and "adaLN" not in name and "t_embedder" not in name)
     by_image = sum(m.weight.numel() for name, m in net.named_modules() if isinstance(m, torch.nn.Linear) and ("adaLN" in name or "t_embedder" in name))
     return 2 * by_token * tokens + 2 * by_image + 4 * tokens**2 * width * len(net.blocks)

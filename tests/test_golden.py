@@ -96,7 +96,7 @@ def test_network(name, family):
         out = net(*(torch.from_numpy(numbers[k]) for k in ("x", "t", "y")))
     assert_close(out, torch.from_numpy(numbers[f"{name}_out"]), rtol=0, atol=1e-6)
     norms = [m for m in net.modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.RMSNorm))]
-    assert len(norms) == 5 + 2 * FAMILIES[family]["qk_norm"] and {m.eps for m in norms} == {1e-6}
+    assert len(norms) == 5 + 4 * FAMILIES[family]["qk_norm"] and {m.eps for m in norms} == {1e-6}
 
 
 def test_published_size():

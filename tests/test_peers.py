@@ -1,0 +1,39 @@
+"""The peers under experiments/ are what they are called."""
+import pytest
+import torch
+from torch.testing import assert_close
+
+from experiments.peers import MeanFlow, dpm_solver_2m, meanflow_loss, sample_meanflow
+from model import DiT
+from sampler import sample, time_grid
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_dpm_solver_is_diffusers(steps):
+    diffusers = pytest.importorskip("diffusers")
+    net = lambda x, t, y: torch.tanh(0.7 * x) + t.view(-1, 1, 1, 1)
+    z, y, times = torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.zeros(2).long(), time_grid(steps)
+    scheduler = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", algorithm_type="dpmsolver++", solver_order=2,
+                                                      lower_order_final=False, final_sigmas_type="zero")
+    scheduler.set_timesteps(steps)
+    scheduler.sigmas, scheduler.timesteps, x = torch.tensor(times, dtype=torch.float64), torch.tensor(times[:-1]) * 1000, z.clone()
+    for t in times[:-1]:
+        x = scheduler.step(net(x, torch.full((2,), t, dtype=torch.float64), y), torch.tensor(t) * 1000, x).prev_sample
+    assert_close(dpm_solver_2m(net, z, y, "linear", times), x, rtol=1e-5, atol=1e-5)
+
+
+def test_meanflow_starts_as_the_velocity_and_knows_straight_paths():
+    """Untrained it is the network whatever r is, and sampling is Euler's method. Where the velocity is constant along the path,
+    the mean velocity is the velocity: the target is v."""
+    torch.manual_seed(0)
+    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3, norm="rms", rope=True)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2) if p.requires_grad else None
+    flow = MeanFlow(net)
+    x, y, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]), torch.rand(4)
+    with torch.no_grad():
+        assert_close(flow(x, t / 2, t, y), net(x, t, y))
+        assert_close(sample_meanflow(flow, x, y, 4), sample(net, x, y, times=[1.0, 0.75, 0.5, 0.25], gap=(0, 0)), rtol=1e-4, atol=1e-4)
+    constant = lambda x_t, *rest: torch.full_like(x_t, 2.0)
+    loss = meanflow_loss(lambda x_t, r, t, y: torch.full_like(x_t, 5.0), constant, x, y, t, t / 2, torch.randn_like(x))
+    assert_close(loss, torch.full((4,), 9 / 9.001))
