@@ -150,18 +150,27 @@ class SamplerFlags:
 # The few-step rows start from the run of the many-step row above them. What to expect is in the last comment of each row.
 
 SHAPES = dict(data="shapes", model="TiT-XXS/8", data_output=True)
+SHAPES32 = dict(data="shapes", model="TiT-XS/8", data_output=True)
+SHAPES64 = dict(data="shapes", model="TiT-XS/8", data_output=True, image_size=64)
 MNIST = dict(data="mnist", model="TiT-XXS/4", data_output=True)
 CIFAR = dict(data="cifar10", model="TiT-S/2", batch_size=128)
+FOLDER = dict(data="folder:pictures", model="TiT-XS/4", data_output=True)
 MANY = dict(enhancement_ratio=0.5, enhancement_style="ft-vs-fe", beta=(2.0, 1.0, 1.0), weight="none", lr=8e-3)
-FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-vs-xz", huber=0.3, beta=(0.8, 1.0, 1.0), eps=0.02,
-           optimizer="radam", betas=(0.9, 0.999), lr=1e-3, warmup=50, ema=(0.99,), sample_steps=2, extrapolation=0.0, stochasticity=1.0, gap=(0.001, 0.6))
+FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-vs-xz", enhance_range=(0.0, 1.0), huber=1.0, weight="none", beta=(0.8, 1.0, 1.0),
+           eps=0.02, optimizer="radam", betas=(0.9, 0.999), lr=1e-3, warmup=20, ema=(0.99,), sample_steps=2, extrapolation=0.0, stochasticity=1.0, gap=(0.001, 0.5))
 RECIPES = {
-    "shapes":      {**SHAPES, **MANY, "steps": 5000},
-    "shapes-few":  {**SHAPES, **FEW, "steps": 2200, "init_from": "runs/shapes"},
-    "mnist":       {**MNIST, **MANY, "steps": 5000},
-    "mnist-few":   {**MNIST, **FEW, "steps": 1500, "init_from": "runs/mnist"},
-    "cifar10":     {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},
-    "cifar10-few": {**CIFAR, **FEW, "lr": 1e-4, "steps": 20_000, "init_from": "runs/cifar10"},
+    "shapes":       {**SHAPES, **MANY, "steps": 5000},
+    "shapes-few":   {**SHAPES, **FEW, "steps": 500, "init_from": "runs/shapes"},
+    "shapes32":     {**SHAPES32, **MANY, "lr": 5e-3, "steps": 7500},
+    "shapes32-few": {**SHAPES32, **FEW, "steps": 220, "init_from": "runs/shapes32"},
+    "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},
+    "shapes64-few": {**SHAPES64, **FEW, "steps": 220, "init_from": "runs/shapes64"},
+    "mnist":        {**MNIST, **MANY, "steps": 3000},
+    "mnist-few":    {**MNIST, **FEW, "steps": 100, "init_from": "runs/mnist"},
+    "folder":       {**FOLDER, **MANY, "lr": 5e-3, "steps": 5000},
+    "folder-few":   {**FOLDER, **FEW, "steps": 500, "init_from": "runs/folder"},
+    "cifar10":      {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},
+    "cifar10-few":  {**CIFAR, **FEW, "lr": 1e-4, "steps": 10_000, "init_from": "runs/cifar10"},
 }
 
 # The published recipes (arXiv 2505.07447), ImageNet, XL networks of 675 M parameters; FID of 50,000 pictures @ NFE, as published.
