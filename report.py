@@ -57,14 +57,22 @@ def flops_per_image(net):
     return 2 * by_token * tokens + 2 * by_image + 4 * tokens**2 * width * len(net.blocks)
 
 
+def forwards(objective):
+    """What a training step costs, in forward passes: 3 with the backward one, and those without gradient."""
+    slope = {0: 0, 1: 2}.get(objective.lam, 1)
+    return 3 + slope + (0 if objective.zeta == 0 else 2 if objective.style == "fc-vs-fe" else 1)
+
+
+def peak_memory(device):
+    """GiB: the largest that the GPU's allocator, or on a CPU this process, has held."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def utilisation(net, objective, device, images_per_s):
     """Memory in GiB, and on a GPU that PEAK knows the share of its peak that the training's products reach (mfu)."""
-    if device.type != "cuda":
-        return {"memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
-    forwards = {0: 0, 1: 2}.get(objective.lam, 1) + (0 if objective.zeta == 0 else 2 if objective.style == "fc-vs-fe" else 1)
-    peak = next((value for name, value in PEAK.items() if name in torch.cuda.get_device_name(device)), None)
-    share = {"mfu": round((3 + forwards) * flops_per_image(net) * images_per_s / peak, 4)} if peak else {}
-    return {"memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3), **share}
+    peak = next((value for name, value in PEAK.items() if name in torch.cuda.get_device_name(device)), None) if device.type == "cuda" else None
+    share = {"mfu": round(forwards(objective) * flops_per_image(net) * images_per_s / peak, 4)} if peak else {}
+    return {"memory_gib": round(peak_memory(device), 3), **share}
 
 
 def preview(net, drawing, device, autocast, decode=None):
