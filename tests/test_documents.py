@@ -1,0 +1,75 @@
+"""The documents' promises: the diffs of CONTRIBUTING.md apply and run, the commands of README.md exist, its files are there."""
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def diffs():
+    return re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+
+
+def apply_diff(diff, root):
+    """The lines with + after the lines without: the context must be there exactly once."""
+    name = re.search(r"\+\+\+ b/(\S+)", diff)[1]
+    lines = diff.split("@@\n", 1)[1].splitlines()
+    assert len(lines) <= 10
+    before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
+    after = "\n".join(line[1:] for line in lines)
+    text = (root / name).read_text()
+    assert text.count(before) == 1, name
+    (root / name).write_text(text.replace(before, after))
+
+
+@pytest.mark.parametrize("number, flags", [(0, "--transport cosine-v --model TiT-XXS/4"), (1, "--data colours --model TiT-XXS/8"), (2, "--model TiT-M/8")])
+def test_a_diff_of_ten_lines_is_enough(tmp_path, number, flags):
+    """Each change touches one file, and train.py and sample.py run with it."""
+    root = tmp_path / "fork"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "tests", "__pycache__", ".*_cache"))
+    apply_diff(diffs()[number], root)
+    data_output = ["--data_output", "no"] if number == 0 else []
+    train = [sys.executable, "train.py", *flags.split(), *data_output, "--steps", "2", "--compile", "no", "--device", "cpu", "--batch_size", "16", "--sample_steps", "2",
+             "--held_out", "8"]
+    for command in (train, [sys.executable, "sample.py", "--steps", "2", "--num", "4", "--device", "cpu"]):
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-1500:]
+
+
+def commands():
+    """Every line of the shell blocks of README.md that calls one of our scripts, continued lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if re.search(r"\b(train|sample|fid|latents|bench|data)\.py", line) and "srun" not in line]
+
+
+def test_every_flag_and_recipe_in_the_readme_exists():
+    """Scripts exist, flags are flags of theirs, recipes are recipes."""
+    import bench
+    import fid
+    import latents
+    import sample
+    from config import RECIPES, Config
+    fields = {"train": Config, "sample": sample.Options, "fid": fid.Options, "latents": latents.Options, "bench": bench.Options}
+    assert len(commands()) > 15
+    for line in commands():
+        script, rest = re.search(r"(\w+)\.py(.*)", line).groups()
+        known = set(fields[script].__dataclass_fields__) | {"h"}
+        for flag in re.findall(r"(?<=\s)--?(\w+)", rest):
+            assert flag in known, line
+        for recipe in re.findall(r"--recipe (\S+)|fetch (\S+)", rest):
+            assert (recipe[0] or recipe[1]) in RECIPES, line
+
+
+def test_the_files_that_documents_name_are_there():
+    for document in ("README.md", "RESULTS.md", "CONTRIBUTING.md", "assets/README.md"):
+        text = (ROOT / document).read_text()
+        for name in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+            assert (ROOT / document).parent.joinpath(name).exists(), f"{document}: {name}"
+    for name in re.findall(r"^\| `(\w+\.py)`", (ROOT / "README.md").read_text(), re.M):
+        assert (ROOT / name).is_file()
+    assert {p.name for p in ROOT.glob("*.py")} == set(re.findall(r"`(\w+\.py)` \|", (ROOT / "README.md").read_text()))
