@@ -1,5 +1,6 @@
 """fid.py against torch-fidelity and pytorch-fid with the same random Inception weights, against second ways to compute, and bad input."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -237,7 +238,7 @@ def test_any_number_of_processes_gives_the_same_statistics(tmp_path):
     for n in (1, 2, 4):
         out = tmp_path / f"{n}.pt"
         run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", str(tmp_path / "merge.py"), str(out)]
-        subprocess.run(run, cwd=ROOT, env={**__import__("os").environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+        subprocess.run(run, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
         found.append(torch.load(out))
     for other in found[1:]:
         assert other[0] == found[0][0] == 1000
@@ -251,3 +252,42 @@ def test_the_line_says_what_decides_the_number(tmp_path, weights, capsys):
     line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert line["NFE"] == 2 and line["seeds"] == [0, 11] and line["N"] == 6 and len(line["range"]["FID"]) == 2
     assert {"sampler", "ref", "features", "resize", "uint8", "versions", "ckpt", "dtype"} <= line.keys()
+
+
+MEASURE = """
+import resource, sys, time
+import numpy as np, torch
+pictures, ref, weights, which = sys.argv[1:]
+start = time.perf_counter()
+if which == "ours":
+    from fid import Options, evaluate
+    value = evaluate(Options(images=f"folder:{pictures}", ref=ref, weights=weights, metrics="fid", resize="pytorch-fid", batch_size=50, device="cpu"))["FID"]
+else:
+    import pytorch_fid.inception as inception
+    from pytorch_fid.fid_score import calculate_fid_given_paths
+    inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
+    value = calculate_fid_given_paths([pictures, ref], 50, "cpu", 2048, num_workers=1)
+print(float(value), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, time.perf_counter() - start)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_and_time_is_that_of_pytorch_fid(tmp_path, weights):
+    """500 and 1,000 pictures in the same memory; 500 in no more time than pytorch-fid's (a tenth allowed for noise), with the same FID."""
+    pytest.importorskip("pytorch_fid")
+    pictures = picture_set(64, 5, 1000)
+    small, large = write_folder(tmp_path / "500", pictures[::2]), write_folder(tmp_path / "1000", pictures)
+    rows = torch.randn(3000, 2048, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    np.savez(tmp_path / "ref.npz", mu=rows.mean(0).numpy(), sigma=rows.T.cov().numpy())
+    (tmp_path / "measure.py").write_text(MEASURE)
+
+    def measure(folder, which):
+        run = subprocess.run([sys.executable, str(tmp_path / "measure.py"), str(folder), str(tmp_path / "ref.npz"), str(weights), which], cwd=ROOT, text=True,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        return [float(v) for v in run.stdout.split()[-3:]]
+    ours, twice, theirs = measure(small, "ours"), measure(large, "ours"), measure(small, "peer")
+    print(f"\n500: {ours[1]:.0f} MiB, {ours[2]:.1f} s; 1,000: {twice[1]:.0f} MiB; pytorch-fid, 500: {theirs[1]:.0f} MiB, {theirs[2]:.1f} s")
+    assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-3)
+    assert twice[1] < ours[1] + 60
+    assert ours[2] < 1.1 * theirs[2]

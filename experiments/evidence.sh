@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything that stands under "Two steps as good as forty" in RESULTS.md, for the seeds given: bash experiments/evidence.sh 0 1 2
+# Scores go to experiments/results/*.jsonl; experiments/report.py makes tables and curves of them. MNIST=npz:FILE takes another copy of MNIST.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p experiments/results
+results=experiments/results
+mnist=${MNIST:-mnist}
+score() { python fid.py "${@:2}" | tail -n 1 >> "$results/$1.jsonl"; }
+
+for seed in "$@"; do
+  python train.py --recipe shapes32 --seed "$seed" --out "runs/shapes32-$seed"
+  python train.py --recipe shapes32-few --seed "$seed" --init_from "runs/shapes32-$seed" --out "runs/shapes32-few-$seed"
+  score many --ckpt "runs/shapes32-$seed" --steps 40 --seed "$seed"
+  for steps in 1 2 4; do score few --ckpt "runs/shapes32-few-$seed" --steps $steps --seed "$seed"; done
+
+  # peers, from the same model for the same seconds: consistency training without a teacher (ECT-like), MeanFlow, and other samplers
+  python train.py --recipe shapes32-few --seed "$seed" --init_from "runs/shapes32-$seed" --enhancement_ratio 0 --enhancement_style none --steps 264 --out "runs/ect-$seed"
+  for steps in 1 2 4; do score ect --ckpt "runs/ect-$seed" --steps $steps --seed "$seed"; done
+  python experiments/peers.py meanflow --ckpt "runs/shapes32-$seed" --num 10000 --seconds 53 --seed "$seed" --out "$results/meanflow.jsonl"
+  python experiments/peers.py curves --ckpt "runs/shapes32-$seed" --num 2000 --kappas 0,auto,0.5 --seed "$seed" --out "$results/curves-$seed.jsonl"
+
+  python train.py --recipe mnist --data "$mnist" --seed "$seed" --out "runs/mnist-$seed"
+  python train.py --recipe mnist-few --data "$mnist" --seed "$seed" --init_from "runs/mnist-$seed" --out "runs/mnist-few-$seed"
+  score mnist --ckpt "runs/mnist-$seed" --steps 40 --seed "$seed"
+  for steps in 1 2; do score mnist-few --ckpt "runs/mnist-few-$seed" --steps $steps --seed "$seed"; done
+done
+python experiments/report.py "$results"/*.jsonl
