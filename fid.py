@@ -368,7 +368,7 @@ def read_arrays(path, leave=()):
 
 def read_reference(path):
     """Statistics from an npz with mu, sigma and perhaps mu_s, sigma_s, and how it was made, if it says. ValueError if it is damaged."""
-    arrays, result = read_arrays(path, leave="arr_0"), Statistics()
+    arrays, result = read_arrays(path, leave=("arr_0",)), Statistics()
     for name, mu, sigma in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
         if mu in arrays and sigma in arrays:
             moments = result.moments[name] = Moments(0)
@@ -446,7 +446,9 @@ def evaluate(options):
     if not options.ref and (options.images or options.features == "inception"):
         raise ValueError("compare with what? give --ref, such as --ref in1k256_fid_ref.npz or --ref folder:real")
     source, num, keep = options.ref or options.data or model.config.data, options.num, bool({"kid", "pr"} & set(metrics))
-    kind = options.features or ("inception" if options.ref else "shapes" if source == "shapes" else "mnist")
+    kind = options.features or ("inception" if options.ref else "shapes" if source == "shapes" else "mnist" if source.startswith(("mnist", "npz:")) else None)
+    if kind is None:
+        raise ValueError(f"there are small features for shapes and mnist only, not for {source}: give --ref folder:PATH for FID")
     floor = made = None
     if kind == "inception":
         features = Inception(options.weights, options.resize).to(device)

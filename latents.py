@@ -69,14 +69,14 @@ class Autoencoder:
     """Pictures (B, 3, S, S) in [-1, 1] to latents (B, C, h, w) and back.
 
     name: of AUTOENCODERS, or NAME=PATH. mean, std: per channel; the network's data are (latent - mean) / std; empty: those that come
-    with the autoencoder, or of its multiplier. ValueError: no diffusers, an unknown name, nothing at PATH, statistics missing.
+    with the autoencoder (in its config, or as latents_stats.pt beside it), or of its multiplier. ValueError: no diffusers, an unknown name, nothing at PATH, statistics missing.
     """
 
     def __init__(self, name, mean=(), std=()):
         self.kind, self.net = load_autoencoder(name)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, std)) if mean else (None, None)
         if not mean:
-            self.mean, self.std = normalisation(name, {key: getattr(self.net.config, f"latents_{key}", None) for key in ("mean", "std")})
+            self.mean, self.std = normalisation(name, find_stats(name, self.net.config) if self.kind.normalised else {})
 
     def to(self, device):
         self.net, self.mean, self.std = self.net.to(device), self.mean.to(device), self.std.to(device)
@@ -148,13 +148,28 @@ def from_ldm(tensors):
     return net
 
 
+def find_stats(name, config):
+    """{"mean", "std"} of an autoencoder's latents, as it brings them: in its config, or latents_stats.pt in its folder or repository."""
+    if getattr(config, "latents_mean", None) is not None:
+        return {"mean": config.latents_mean, "std": config.latents_std}
+    short, _, path = name.partition("=")
+    place = Path(path) if Path(path).is_dir() else Path(path).parent
+    try:
+        from huggingface_hub import hf_hub_download
+        file = place / "latents_stats.pt" if path else hf_hub_download(AUTOENCODERS[short].home, "latents_stats.pt")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:           # whatever the reason, normalisation says what to do about it
+        return {}
+
+
 def normalisation(name, stats):
     """mean and std, (1, C, 1, 1) each, of the network's data (latent - mean) / std, from statistics {"mean", "std"} where they are wanted."""
     kind = AUTOENCODERS[name.partition("=")[0]]
     if not kind.normalised:
         return torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 1 / kind.multiplier)
     if stats.get("mean") is None or stats.get("std") is None:
-        raise ValueError(f"{name} wants statistics of its latents, and none are here: take latents:DIR with a latents_stats.pt, or a model that was trained so")
+        raise ValueError(f"{name} wants statistics of its latents, and none are here: a latents_stats.pt (mean, std: 1 C 1 1) belongs into "
+                         "the folder of latents:DIR, or into that of --vae NAME=PATH")
     mean, std = (torch.as_tensor(stats[key], dtype=torch.float32).view(1, -1, 1, 1) for key in ("mean", "std"))
     return mean, std / kind.multiplier
 

@@ -191,6 +191,11 @@ def test_encode_and_decode_are_diffusers(homes):
         posterior = net.encode(x).latent_dist
         assert_close(ours.encode(x, lambda shape: z), posterior.mean + posterior.std * z)
         assert_close(ours.decode(z * 0.18215, at_once=2), net.decode(z).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="a latents_stats.pt"):
+        Autoencoder(f"dc-ae={homes / 'dc'}")
+    torch.save({"mean": torch.ones(1, 8, 1, 1), "std": torch.full((1, 8, 1, 1), 2.0)}, homes / "dc/latents_stats.pt")
+    assert Autoencoder(f"dc-ae={homes / 'dc'}").std.flatten().tolist() == [2.0] * 8
+    (homes / "dc/latents_stats.pt").unlink()
     dc = Autoencoder(f"dc-ae={homes / 'dc'}", mean=(1.0,) * 8, std=(2.0,) * 8)
     with torch.no_grad():
         assert_close(dc.encode(x, None), small_dc().eval().encode(x).latent)
