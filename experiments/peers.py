@@ -39,6 +39,7 @@ class Options:
     seed: int = 0                               # of the pictures and of MeanFlow's training
     nfe: str = "5,10,20,40,80"                  # curves: network calls
     kappas: str = "0,auto,0.2,0.5"              # curves: of UCGM-S
+    others: bool = True                         # curves: also Heun and DPM-Solver++(2M)
     seconds: float = 60                         # meanflow: of training, compilation not counted
     lr: float = 1e-3                            # meanflow: learning rate (RAdam, as our few-step recipe)
     batch_size: int = 500                       # pictures at a time
@@ -185,6 +186,8 @@ def curves(model, options):
         for kappa in options.kappas.split(","):
             kappa = kappa if kappa == "auto" else float(kappa)
             judge(f"UCGM-S kappa {kappa}" if kappa else "Euler", nfe, lambda z, y: sample(net, z, y, "linear", steps=nfe, kappa=kappa))
+        if not options.others:
+            continue
         judge("Heun", nfe - 1 + nfe % 2, lambda z, y: sample(net, z, y, "linear", steps=nfe, order=2))
         judge("DPM-Solver++(2M)", nfe, lambda z, y: dpm_solver_2m(net, z, y, "linear", time_grid(nfe)))
 
