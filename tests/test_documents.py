@@ -1,4 +1,5 @@
 """The documents' promises: the diffs of CONTRIBUTING.md apply and run, the commands of README.md exist, its files are there."""
+import doctest
 import re
 import shutil
 import subprocess
@@ -65,8 +66,17 @@ def test_every_flag_and_recipe_in_the_readme_exists():
             assert (recipe[0] or recipe[1]) in RECIPES, line
 
 
+def test_the_walkthrough_is_true(monkeypatch):
+    """Every line of WALKTHROUGH.md that starts with >>> gives what stands below it."""
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "WALKTHROUGH.md").read_text(), re.S)
+    examples = doctest.DocTestParser().get_doctest("".join(blocks), {}, "WALKTHROUGH.md", None, 0)
+    assert len(examples.examples) > 25
+    assert doctest.DocTestRunner().run(examples).failed == 0
+
+
 def test_the_files_that_documents_name_are_there():
-    for document in ("README.md", "RESULTS.md", "CONTRIBUTING.md", "assets/README.md"):
+    for document in ("README.md", "RESULTS.md", "CONTRIBUTING.md", "WALKTHROUGH.md", "assets/README.md"):
         text = (ROOT / document).read_text()
         for name in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
             assert (ROOT / document).parent.joinpath(name).exists(), f"{document}: {name}"
