@@ -216,7 +216,7 @@ def encode(options):
     except OSError as error:
         raise ValueError(f"no pictures in {root}: {str(error).splitlines()[0]}") from error
     paths, labels = zip(*folder.samples)
-    device, out = pick_device(options.device, int(os.environ.get("LOCAL_RANK", 0))), Path(options.out)
+    device, out = pick_device(options.device), Path(options.out)
     autoencoder = Autoencoder(options.vae, (0.0,), (1.0,)).to(device)
     settings = json.dumps({"vae": options.vae.partition("=")[0], "size": options.size, "shard": options.shard, "pictures": len(paths)})
     out.mkdir(parents=True, exist_ok=True)

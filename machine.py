@@ -6,13 +6,14 @@ import torch
 import torch.distributed as dist
 
 
-def pick_device(wanted, local_rank=0):
-    """A torch.device; "auto" is cuda, mps or cpu, the first that is there. ValueError if the wanted one is not."""
+def pick_device(wanted):
+    """A torch.device, of this process if there are several; "auto" is cuda, mps or cpu, the first that is there. ValueError if the
+    wanted one is not."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(name for name in there if there[name]) if wanted == "auto" else wanted
     if not there.get(name):
         raise ValueError(f"device {wanted!r} is not available; this machine has: {', '.join(n for n in there if there[n])}")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 def pick_dtype(wanted, device):

@@ -3,7 +3,7 @@
     python sample.py --steps 2                                  # the newest run, or the model that ships with the repository
     python sample.py --ckpt runs/shapes --steps 20 --classes star,heart
     python sample.py --steps 4 --trajectory yes                 # a strip of what the model sees after each step
-    python sample.py --recipe repae-sit --ckpt hf://USER/REPO/FILE.pt            # somebody else's model, with the recipe's settings
+    python sample.py --recipe repae --ckpt hf://USER/REPO/FILE.pt            # somebody else's model, with the recipe's settings
     torchrun --nproc_per_node=8 sample.py --num 50000 --out samples.npz          # many, for fid.py; the same command resumes
 
 Settings that are not given are those that the model's recipe recommends. Picture k is drawn from seed k alone, whatever
@@ -147,7 +147,7 @@ def main(options):
         raise ValueError(f"several processes draw many pictures, and {options.out} is one page: use --out samples.npz")
     if options.batch_size < 1:
         raise ValueError(f"batch_size {options.batch_size} must be at least 1")
-    device = pick_device(options.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(options.device)
     path = options.ckpt or newest_model()
     model = open_model(path, device, options.dtype, options.recipe, options.vae)
     names, settings, seeds = model.names, model.config.sampler(**options.given()), read_seeds(options.seeds, options.num)

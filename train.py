@@ -172,8 +172,8 @@ class Requests:
 # ---- the run ------------------------------------------------------------------------------------------------------
 
 def main(config):
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device, out = pick_device(config.device, local_rank), Path(config.out)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, out = pick_device(config.device), Path(config.out)
     dtype = pick_dtype(config.dtype, device)
     config.dtype = str(dtype)[6:]
     accumulate = split_batch(config, world)
