@@ -183,7 +183,7 @@ class Judge:
 def curves(model, options):
     judge, net = Judge(model, options), model.net
     for nfe in map(int, options.nfe.split(",")):
-        for kappa in options.kappas.split(","):
+        for kappa in filter(None, options.kappas.split(",")):
             kappa = kappa if kappa == "auto" else float(kappa)
             judge(f"UCGM-S kappa {kappa}" if kappa else "Euler", nfe, lambda z, y: sample(net, z, y, "linear", steps=nfe, kappa=kappa))
         if not options.others:
