@@ -115,7 +115,7 @@ def load_autoencoder(name):
             from huggingface_hub import hf_hub_download
             file = path or hf_hub_download(kind.home, kind.home.rpartition("/")[2] + ".pt")
             return kind, from_ldm(torch.load(file, map_location="cpu", weights_only=True)).eval().requires_grad_(False)
-        net = getattr(diffusers, kind.loader).from_pretrained(path or kind.home, torch_dtype=torch.float32)
+        net = getattr(diffusers, kind.loader).from_pretrained(path or kind.home, torch_dtype=torch.float32, low_cpu_mem_usage=False)
         return kind, net.eval().requires_grad_(False)
     except (OSError, EOFError, KeyError, RuntimeError) as error:
         raise ValueError(f"cannot load {name} from {path or kind.home} ({str(error).splitlines()[0]}): give --vae {short}=PATH, a local copy, "
@@ -218,7 +218,7 @@ def encode(options):
     paths, labels = zip(*folder.samples)
     device, out = pick_device(options.device), Path(options.out)
     autoencoder = Autoencoder(options.vae, (0.0,), (1.0,)).to(device)
-    settings = json.dumps({"vae": options.vae.partition("=")[0], "size": options.size, "shard": options.shard, "pictures": len(paths)})
+    settings = {"vae": options.vae.partition("=")[0], "size": options.size, "shard": options.shard, "pictures": len(paths)}
     out.mkdir(parents=True, exist_ok=True)
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
@@ -229,7 +229,7 @@ def encode(options):
     unreadable = 0
     for path, rows in mine:
         if path.is_file():
-            if (before := json.loads(shard_header(path)[0]["__metadata__"]["settings"])) != json.loads(settings):
+            if (before := shard_notes(path)["settings"]) != settings:
                 raise ValueError(f"{path} was encoded with {before}, not {settings}: take another --out, or remove it")
             bar.update(len(rows))
             continue
@@ -240,13 +240,13 @@ def encode(options):
         kept = [k for k in rows if k not in {b for b, _ in bad}]
         tensors["labels"] = torch.tensor([labels[k] for k in kept], dtype=torch.int64)
         names = [os.path.relpath(paths[k], root) for k in kept]
-        notes = {"settings": settings, "pictures": json.dumps(names), "unreadable": json.dumps([[os.path.relpath(paths[k], root), why] for k, why in bad])}
-        write_safely(path, lambda file: safetensors.torch.save_file(tensors, file, notes))
+        notes = {"settings": settings, "pictures": names, "unreadable": [[os.path.relpath(paths[k], root), why] for k, why in bad]}
+        write_safely(path, lambda file: safetensors.torch.save_file(tensors, file, {"notes": json.dumps(notes)}))    # one entry: their order is random
     bar.close()
     if world > 1:
         dist.barrier()
     if rank == 0:
-        finish(out, json.loads(settings), folder.classes)
+        finish(out, settings, folder.classes)
     if world > 1:
         dist.destroy_process_group()
 
@@ -265,16 +265,16 @@ def encode_shard(autoencoder, pictures, rows, options, device, bar):
         numbers, x = [k for k, _ in good], torch.from_numpy(np.stack([x for _, x in good])).to(device).float() / 127.5 - 1
         for side, (name, view) in enumerate((("latents", x), ("latents_flip", x.flip(-1)))):
             latents = autoencoder.encode(view, lambda shape: noise_like_seed(numbers, shape[1:], side))
-            parts[name].append(latents.float().cpu())
-    return {name: torch.cat(rows) if rows else torch.zeros(0, 1, 1, 1) for name, rows in parts.items()}, bad
+            parts[name].append(latents.float().cpu().contiguous())
+    return {name: torch.cat(rows).contiguous() if rows else torch.zeros(0, 1, 1, 1) for name, rows in parts.items()}, bad
 
 
 def finish(out, settings, classes):
     """Statistics over all shards, and the manifest."""
     shards, n, mean, square = {}, 0, 0.0, 0.0
     for path in sorted(out.glob("latents_rank*_shard*.safetensors")):
-        head, arrays = shard_header(path)[0]["__metadata__"], map_shard(path)
-        shards[path.name] = {"pictures": json.loads(head["pictures"]), "unreadable": json.loads(head["unreadable"])}
+        notes, arrays = shard_notes(path), map_shard(path)
+        shards[path.name] = {"pictures": notes["pictures"], "unreadable": notes["unreadable"]}
         for name in ("latents", "latents_flip") if len(arrays["labels"]) else ():
             rows = torch.from_numpy(np.array(arrays[name])).double().transpose(0, 1).flatten(1)      # (C, N h w)
             part, gap = rows.mean(1), rows.mean(1) - mean
@@ -305,6 +305,11 @@ def shard_header(path):
             return json.loads(file.read(length)), 8 + length
     except (OSError, ValueError, MemoryError, OverflowError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def shard_notes(path):
+    """What encode wrote beside the tensors of a shard: its settings, the pictures in it, those that could not be read."""
+    return json.loads(shard_header(path)[0]["__metadata__"]["notes"])
 
 
 def map_shard(path):

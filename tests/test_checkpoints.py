@@ -257,7 +257,7 @@ def test_a_diffusers_dit_with_kappa_0_is_ddim():
 @pytest.mark.slow
 def test_two_processes_draw_the_same_file_and_a_killed_run_goes_on(tmp_path):
     one = [sys.executable, "sample.py"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "sample.py"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sample.py"]
     flags = ["--ckpt", "assets/shapes-few.safetensors", "--steps", "2", "--num", "1000", "--batch_size", "64", "--device", "cpu", "--dtype", "float32", "--out"]
     start = lambda launch, out: subprocess.Popen([*launch, *flags, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     for launch, name in ((one, "one.npz"), (two, "two.npz")):

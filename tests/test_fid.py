@@ -237,7 +237,7 @@ def test_any_number_of_processes_gives_the_same_statistics(tmp_path):
     found = []
     for n in (1, 2, 4):
         out = tmp_path / f"{n}.pt"
-        run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", str(tmp_path / "merge.py"), str(out)]
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(tmp_path / "merge.py"), str(out)]
         subprocess.run(run, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
         found.append(torch.load(out))
     for other in found[1:]:

@@ -59,7 +59,7 @@ def make_pictures(root, count, seed=0):
 
 
 def encode(root, vae, out, *more, processes=1, wait=True):
-    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run = subprocess.Popen([*launch, "latents.py", "encode", "--data", f"folder:{root}", "--vae", vae, "--size", "32", "--out", str(out), "--shard", "20",
                             "--batch_size", "5", "--workers", "0", "--device", "cpu", *more], cwd=ROOT, text=True, start_new_session=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
