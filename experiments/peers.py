@@ -74,9 +74,11 @@ class MeanFlow(nn.Module):
         super().__init__()
         self.net, self.num_classes = copy.deepcopy(net).requires_grad_(True), net.num_classes
         self.net.t_embedder = Both(self.net.t_embedder)
+        self.data_output, self.net.data_output = self.net.data_output, False           # its division by t stands below: t is two numbers here
 
     def forward(self, x, r, t, y):
-        return self.net(x, torch.stack([t, t - r], -1), y)
+        out = self.net(x, torch.stack([t, t - r], -1), y)
+        return (x - out) / t.clamp(min=0.05).view(-1, 1, 1, 1) if self.data_output else out
 
 
 class Both(nn.Module):

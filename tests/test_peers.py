@@ -22,11 +22,12 @@ def test_dpm_solver_is_diffusers(steps):
     assert_close(dpm_solver_2m(net, z, y, "linear", times), x, rtol=1e-5, atol=1e-5)
 
 
-def test_meanflow_starts_as_the_velocity_and_knows_straight_paths():
+@pytest.mark.parametrize("data_output", [False, True])
+def test_meanflow_starts_as_the_velocity_and_knows_straight_paths(data_output):
     """Untrained it is the network whatever r is, and sampling is Euler's method. Where the velocity is constant along the path,
     the mean velocity is the velocity: the target is v."""
     torch.manual_seed(0)
-    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3, norm="rms", rope=True)
+    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3, norm="rms", rope=True, data_output=data_output)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2) if p.requires_grad else None
     flow = MeanFlow(net)
