@@ -3,6 +3,7 @@
     python experiments/report.py experiments/results/*.jsonl            # markdown tables to the terminal, nfe.png into assets/
 """
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -17,7 +18,7 @@ def read(paths):
         for text in Path(path).read_text().splitlines():
             line = json.loads(text)
             name = next(key for key in line if key.startswith("FD-"))
-            lines.append({**line, "data": name[3:], "score": line[name], "method": line.get("method", Path(line["ckpt"]).name.rstrip("0123456789-"))})
+            lines.append({**line, "data": name[3:], "score": line[name], "method": line.get("method", re.sub(r"-\d+$", "", Path(line["ckpt"]).name))})
     return lines
 
 
@@ -51,9 +52,10 @@ def plot(lines, path):
         if len(calls) > 1:
             drawn = axes.plot(calls, [sum(points[n]) / len(points[n]) for n in calls], marker="o", markersize=3, label=method)[0]
             axes.fill_between(calls, [min(points[n]) for n in calls], [max(points[n]) for n in calls], alpha=0.15, color=drawn.get_color())
-    axes.set(xscale="log", yscale="log", xlabel="network evaluations a picture", ylabel=f"FD-{lines[0]['data']} (not FID), lower is better")
+    axes.set(xscale="log", xlabel="network evaluations a picture", ylabel=f"FD-{lines[0]['data']} (not FID), lower is better")
     axes.set_xticks(sorted({n for points in cells.values() for n in points}), [str(n) for n in sorted({n for points in cells.values() for n in points})])
     axes.minorticks_off()
+    axes.set_ylim(bottom=0)
     axes.axhline(lines[0]["floor"], color="grey", linewidth=1, linestyle=":", label="real against real")
     axes.legend(fontsize=8)
     figure.tight_layout()
