@@ -447,6 +447,8 @@ def evaluate(options):
         raise ValueError("compare with what? give --ref, such as --ref in1k256_fid_ref.npz or --ref folder:real")
     source, num, keep = options.ref or options.data or model.config.data, options.num, bool({"kid", "pr"} & set(metrics))
     kind = options.features or ("inception" if options.ref else "shapes" if source == "shapes" else "mnist" if source.startswith(("mnist", "npz:")) else None)
+    if kind != "inception" and not model:
+        raise ValueError(f"features {kind} are for what a model draws: give --ckpt, or --features inception for pictures on disk")
     if kind is None:
         raise ValueError(f"there are small features for shapes and mnist only, not for {source}: give --ref folder:PATH for FID")
     floor = made = None

@@ -196,6 +196,7 @@ def test_bad_input_is_one_clear_error(tmp_path, weights):
                         (dict(images=f"folder:{good}", ref=str(tmp_path / "pickled.npz")), "damaged or holds more than plain arrays"),
                         (dict(images=f"folder:{good}", ref=str(tmp_path / "edm2.pkl")), "pickles can run any code"),
                         (dict(images=f"folder:{tmp_path / 'damaged'}", ref=f"folder:{good}"), "cannot read the picture"),
+                        (dict(images=f"folder:{good}", ref=f"folder:{good}", features="shapes"), "are for what a model draws"),
                         (dict(images=f"folder:{good}"), "compare with what"), (dict(ref=f"folder:{good}"), "which pictures"),
                         (dict(images=f"folder:{good}", ref=f"folder:{good}", metrics="fid,lpips"), "unknown metrics lpips"),
                         (dict(images=f"folder:{good}", ref=f"folder:{good}", weights=str(tmp_path / "broken.npz")), "not a file of Inception weights")):
