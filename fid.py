@@ -2,7 +2,7 @@
 
     python fid.py --ckpt runs/shapes-few --steps 2                          # FD-shapes of 10,000 pictures, straight from the sampler
     python fid.py --images folder:samples --ref in1k256_fid_ref.npz         # FID, sFID and Inception score of pictures on disk
-    python fid.py --ckpt runs/x --steps 2 --ref ref.npz --num 50000         # the same of a model; torchrun fid.py ... on many GPUs
+    python fid.py --ckpt runs/x --steps 2 --ref ref.npz --num 50000         # of a model; on many GPUs: torchrun ... -- fid.py ...
     python fid.py --stats folder:cats --out cats.npz                        # statistics of real pictures, to be a --ref
     python fid.py --train yes --data shapes --image_size 32                 # how the small feature network in assets/ was made
 

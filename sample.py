@@ -4,7 +4,9 @@
     python sample.py --ckpt runs/shapes --steps 20 --classes star,heart
     python sample.py --steps 4 --trajectory yes                 # a strip of what the model sees after each step
     python sample.py --recipe repae --ckpt hf://USER/REPO/FILE.pt            # somebody else's model, with the recipe's settings
-    torchrun --nproc_per_node=8 sample.py --num 50000 --out samples.npz          # many, for fid.py; the same command resumes
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --out samples.npz       # many, for fid.py; the same command resumes
+
+The two dashes keep recent torchruns from taking --num for their own --numa-binding.
 
 Settings that are not given are those that the model's recipe recommends. Picture k is drawn from seed k alone, whatever
 else is drawn with it.
