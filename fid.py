@@ -516,6 +516,9 @@ def main(options):
         write_statistics(options)
     else:
         say(json.dumps(evaluate(options)))
+    if dist.is_initialized():
+        dist.barrier()                          # nobody leaves while another still listens
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

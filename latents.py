@@ -248,6 +248,7 @@ def encode(options):
     if rank == 0:
         finish(out, settings, folder.classes)
     if world > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -184,6 +184,7 @@ def main(options):
         flags = " ".join(f"--{name} {','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in options.given().items() if v is not None)
         print(push(options.push, model.net, model.config, names, options.out if suffix != ".npz" else None, flags))
     if world > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 

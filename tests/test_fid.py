@@ -239,6 +239,9 @@ for first in deal(1000, 64, *place()):
 s.merge()
 if place()[0] == 0:
     torch.save([s.moments["pool"].n, s.moments["pool"].mean, s.moments["pool"].covariance, torch.tensor(s.inception_score), s.rows], sys.argv[1])
+if dist.is_initialized():
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 
