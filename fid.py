@@ -42,7 +42,7 @@ from checkpoint import write_safely
 from config import SamplerFlags, fail, read_flags
 from data import eight_bit, open_dataset, read_rgb
 from machine import deal, pick_device, place, say
-from sample import generate, open_model
+from sample import generate, open_model, save_array
 from sampler import count_nfe, time_grid
 
 ASSETS = Path(__file__).parent / "assets"
@@ -495,14 +495,9 @@ def write_statistics(options):
     features = Inception(options.weights, options.resize).to(pick_device(options.device))
     moments = collect(stored_pictures(options.stats, options.batch_size, *place()), 0, features).moments
     made = {"n": moments["pool"].n, "source": options.stats, "resize": options.resize, "weights": features.hash}
-    arrays = {name: value.numpy() for name, value in (("mu", moments["pool"].mean), ("sigma", moments["pool"].covariance),
-                                                      ("mu_s", moments["spatial"].mean), ("sigma_s", moments["spatial"].covariance))}
-
-    def write(path):
-        with open(path, "wb") as file:
-            np.savez(file, made=json.dumps(made), **arrays)
     if place()[0] == 0:
-        write_safely(options.out, write)
+        save_array(options.out, made=json.dumps(made), mu=moments["pool"].mean.numpy(), sigma=moments["pool"].covariance.numpy(),
+                   mu_s=moments["spatial"].mean.numpy(), sigma_s=moments["spatial"].covariance.numpy())
     say(f"{options.out}: {json.dumps(made)}. Next: python fid.py --images folder:PATH --ref {options.out}")
 
 
