@@ -66,6 +66,29 @@ def test_every_flag_and_recipe_in_the_readme_exists():
             assert (recipe[0] or recipe[1]) in RECIPES, line
 
 
+SHORT = {"train.py": "--steps 2 --batch_size 16 --held_out 16 --sample_steps 2 --compile no --device cpu", "sample.py": "--num 4 --device cpu",
+         "fid.py": "--num 40 --device cpu", "bench.py": "--seconds 0.01 --batches 16 --compiles no --modes sample"}
+
+
+@pytest.mark.slow
+def test_the_commands_marked_as_runnable_run(tmp_path):
+    """The blocks below <!-- runs --> in the documents, line by line in one fresh copy, shortened by the flags of SHORT."""
+    root = tmp_path / "clone"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
+    blocks = [block for name in ("README.md", "CONTRIBUTING.md", "WALKTHROUGH.md")
+              for block in re.findall(r"<!-- runs -->\n```bash\n(.*?)```", (ROOT / name).read_text(), re.S)]
+    lines = [line.split("#")[0].strip() for line in "".join(blocks).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("pip ", "python3 -m venv", "python -m pytest", "ruff"))]
+    assert len(lines) >= 8
+    for line in lines:
+        script = re.search(r"(\w+\.py)", line)[1]
+        assert script in SHORT or script in ("data.py", "plot.py")
+        command = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone").replace("--nproc_per_node=8", "--nproc_per_node=2")
+        command = re.sub(r"^python ", f"{sys.executable} ", command)
+        done = subprocess.run(f"{command} {SHORT.get(script, '')}", shell=True, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}: {done.stderr[-1500:]}"
+
+
 def test_the_walkthrough_is_true(monkeypatch):
     """Every line of WALKTHROUGH.md that starts with >>> gives what stands below it."""
     monkeypatch.chdir(ROOT)
