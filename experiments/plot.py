@@ -138,12 +138,12 @@ def kappa(options):
             pass
         strips.append((title, [contact_sheet(x, 1, side=64) for x in (seen if steps == options.steps else seen[9::10])]))
     (width, height), columns = strips[0][1][0].size, options.steps
-    page = Image.new("RGB", (columns * width, len(strips) * (height + 22)), "white")
+    page = Image.new("RGB", (columns * (width + 4), len(strips) * (height + 22)), "white")
     for row, (title, sheets) in enumerate(strips):
         top = row * (height + 22)
         ImageDraw.Draw(page).text((4, top + 5), f"{title}: x_hat after {'steps 1 to ' + str(columns) if len(strips) - 1 > row else 'every tenth step'}", fill="black")
         for column, sheet in enumerate(sheets[:columns]):
-            page.paste(sheet, (column * width, top + 22))
+            page.paste(sheet, (column * (width + 4), top + 22))
     page.save(options.out or ASSETS / "kappa.png")
 
 

@@ -66,7 +66,7 @@ def test_every_flag_and_recipe_in_the_readme_exists():
             assert (recipe[0] or recipe[1]) in RECIPES, line
 
 
-SHORT = {"train.py": "--steps 2 --batch_size 16 --held_out 16 --sample_steps 2 --compile no --device cpu", "sample.py": "--num 4 --device cpu",
+SHORT = {"train.py": "--steps 2 --batch_size 32 --held_out 16 --sample_steps 2 --compile no --device cpu", "sample.py": "--num 4 --device cpu",
          "fid.py": "--num 40 --device cpu", "bench.py": "--seconds 0.01 --batches 16 --compiles no --modes sample"}
 
 
