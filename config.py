@@ -87,7 +87,7 @@ class Config:
     max_skipped: int = 100              # steps in a row with a loss or gradient that is not finite, after which the run ends
     tensorboard: bool = False           # also write for TensorBoard (pip install tensorboard)
     wandb: str = ""                     # also log to this Weights & Biases project (pip install wandb)
-    push: str = ""                      # when done, put the model on the hub as USER/REPO (huggingface-cli login first)
+    push: str = ""                      # when done, put the model on the hub as USER/REPO (hf auth login first)
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "sample_every", "held_out_every", "save_every", "sample_steps"):
@@ -97,7 +97,7 @@ class Config:
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; it must lie in 0..1")
         if self.data_output and self.transport != "linear":
-            raise ValueError(f"data_output is for transport linear, found {self.transport}; for other paths leave it out")
+            raise ValueError(f"data_output is for transport linear, found {self.transport}; for other paths add --data_output no")
         if self.model.startswith("DDT") and (self.data_output or self.grad_checkpoint):
             raise ValueError("DDT has neither data_output nor grad_checkpoint: leave them out")
         for name, allowed in (("compile", ("auto", "yes", "no")), ("optimizer", ("adamw", "radam")), ("dtype", ("auto", "bfloat16", "float32"))):

@@ -4,6 +4,11 @@ A transport mixes noise into data, and a network regresses one linear combinatio
 
     x_t = alpha(t) z + gamma(t) x        z_t = alpha_hat(t) z + gamma_hat(t) x        t = 0 is data, t = 1 is NOISE
 
+Trained on z_t it is a many-step model, lambda = 0. For lambda > 0 its estimate of the data, x_hat = (alpha F - alpha_hat x_t) / d with
+d = alpha gamma_hat - gamma alpha_hat, is also to be the same all along a path: the target is F_t - (alpha / d) (4 / sin(pi t/2)) D with
+
+    D = (x_hat(t) - x_hat(lambda t)) / ((1 - lambda) t)        at lambda = 1: d x_hat / dt        clipped to [-1, 1]
+
 Mind the letters: **alpha multiplies the noise, gamma the data**; SiT and most flow papers have it the other way round.
 
 | symbol             | meaning                                                                          |
@@ -283,7 +288,8 @@ class Objective:
                      for v, c, r in zip(true, guided, reference))
 
     def slope(self, net, row, x_star, z_star, t, y, x_hat):
-        """How fast the predicted data change along the path: (B, C, H, W). Exactly consistent models have slope 0."""
+        """How fast the predicted data change along the path: (B, C, H, W). On its own flow a consistent model has slope 0; on the line
+        through one x and z, 0 on average."""
         def g(r):
             alpha, gamma, _, _ = row.at(r, x_star)
             return predict(net, row, alpha * z_star + gamma * x_star, r, y)[1]

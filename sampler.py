@@ -6,6 +6,7 @@ At every time the network says which data and which noise it sees in x (`predict
     x = alpha(t_{i+1}) z_hat + gamma(t_{i+1}) x_hat
 
 That is all. The rest is optional: extrapolate the predictions (kappa), replace part of the noise (rho), look ahead (order 2).
+rho = 1 is for few-step models: they were trained on noise that knows nothing of the data, while z_hat carries the errors of x_hat.
 
 | setting                                    | is                                                                      |
 |--------------------------------------------|-------------------------------------------------------------------------|
@@ -26,8 +27,8 @@ from objective import predict, resolve
 def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1):
     """Times t_0 > t_1 > ... > t_{N-1} of the network calls, then t_N = 0: a list of N + 1 floats.
 
-    N = steps, and (steps + 1) // 2 with order 2. The first call is at 1 - gap[0], the last at gap[1] (gap[1] = 0: at the last
-    point before 0); between them the Kumaraswamy warp u -> (1 - (1 - u^a)^b)^c of u = 1 - t. ValueError if nothing fits.
+    N = steps, and (steps + 1) // 2 with order 2. Even steps from 1 - gap[0] to gap[1] (gap[1] = 0: to the last point before 0), all
+    moved, the ends too, by the Kumaraswamy warp u -> (1 - (1 - u^a)^b)^c of u = 1 - t. ValueError if nothing fits.
     """
     (a, b, c), (gap0, gap1) = schedule, gap
     if steps < 1 or order not in (1, 2):

@@ -2,7 +2,7 @@
 
     python train.py                                       # the default: shapes, many-step
     python train.py --recipe shapes-few                   # then: tune it to two steps
-    torchrun --nproc_per_node=8 train.py                  # the same training on eight GPUs
+    torchrun --nproc_per_node=4 train.py                  # the same training on four GPUs
     python train.py --recipe mnist --lr 1e-3 --seed 1     # flags win over the recipe
 
 A run writes into runs/RECIPE (--out): pictures, log.jsonl, model.safetensors (which sample.py reads) and checkpoints. To resume

@@ -131,11 +131,12 @@ def paths(options):
 def kappa(options):
     """Rows: what the model thinks the picture is after each step; the last row's last picture is the end that both aim at."""
     model = open_model(options.ckpt, pick_device("cpu"))
-    strips = []
+    strips, ends = [], []
     for title, steps, k in (("kappa 0", options.steps, 0.0), (f"kappa {options.extrapolation:g}", options.steps, options.extrapolation), ("kappa 0, 80 steps", 80, 0.0)):
         seen = []
         for _ in generate(model, [3, 12, 21], 64, steps=steps, extrapolation=k, on_step=lambda i, t, x: seen.append(x.cpu())):
             pass
+        ends.append(seen[-1])
         strips.append((title, [contact_sheet(x, 1, side=64) for x in (seen if steps == options.steps else seen[9::10])]))
     (width, height), columns = strips[0][1][0].size, options.steps
     page = Image.new("RGB", (columns * (width + 4), len(strips) * (height + 22)), "white")
@@ -144,6 +145,8 @@ def kappa(options):
         ImageDraw.Draw(page).text((4, top + 5), f"{title}: x_hat after {'steps 1 to ' + str(columns) if len(strips) - 1 > row else 'every tenth step'}", fill="black")
         for column, sheet in enumerate(sheets[:columns]):
             page.paste(sheet, (column * (width + 4), top + 22))
+    off = [(end - ends[-1]).square().mean().sqrt().item() for end in ends[:2]]
+    print(f"root mean square from the 80 steps' end: kappa 0 {off[0]:.3f}, kappa {options.extrapolation:g} {off[1]:.3f}")
     page.save(options.out or ASSETS / "kappa.png")
 
 

@@ -1,5 +1,6 @@
 """The documents' promises: the diffs of CONTRIBUTING.md apply and run, the commands of README.md exist, its files are there."""
 import doctest
+import math
 import re
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ def apply_diff(diff, root):
     (root / name).write_text(text.replace(before, after))
 
 
-@pytest.mark.parametrize("number, flags", [(0, "--transport cosine-v --model TiT-XXS/4"), (1, "--data colours --model TiT-XXS/8"), (2, "--model TiT-M/8")])
+@pytest.mark.parametrize("number, flags", [(0, "--transport cosine-v --model TiT-XXS/4"), (1, "--data greys --model TiT-XXS/8"), (2, "--model TiT-M/8")])
 def test_a_diff_of_ten_lines_is_enough(tmp_path, number, flags):
     """Each change touches one file, and train.py and sample.py run with it."""
     root = tmp_path / "fork"
@@ -54,7 +55,8 @@ def test_every_flag_and_recipe_in_the_readme_exists():
     import fid
     import latents
     import sample
-    from config import RECIPES, Config
+    from config import RECIPES, Config, read_config
+    from train import split_batch
     fields = {"train": Config, "sample": sample.Options, "fid": fid.Options, "latents": latents.Options, "bench": bench.Options}
     assert len(commands()) > 15
     for line in commands():
@@ -62,6 +64,9 @@ def test_every_flag_and_recipe_in_the_readme_exists():
         known = set(fields[script].__dataclass_fields__) | {"h"}
         for flag in re.findall(r"(?<=\s)--?(\w+)", rest):
             assert flag in known, line
+        if "torchrun" in line and script == "train":
+            config, processes = read_config(rest.split(), ""), [int(n) for n in re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", line)]
+            split_batch(config, math.prod(processes))
         for recipe in re.findall(r"--recipe (\S+)|fetch (\S+)", rest):
             assert (recipe[0] or recipe[1]) in RECIPES, line
 

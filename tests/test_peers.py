@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from experiments.peers import MeanFlow, dpm_solver_2m, meanflow_loss, sample_meanflow
+from experiments.peers import MeanFlow, dpm_solver_2m, heun, meanflow_loss, sample_meanflow
 from model import DiT
 from sampler import sample, time_grid
 
@@ -20,6 +20,16 @@ def test_dpm_solver_is_diffusers(steps):
     for t in times[:-1]:
         x = scheduler.step(net(x, torch.full((2,), t, dtype=torch.float64), y), torch.tensor(t) * 1000, x).prev_sample
     assert_close(dpm_solver_2m(net, z, y, "linear", times), x, rtol=1e-5, atol=1e-5)
+
+
+def test_heun_is_of_second_order():
+    """dx/dt = x - 2 t from 1 to 0 has the solution 2 t + 2 + c e^t; half the step is a quarter of the error."""
+    z, y = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1).long()
+    end, errors = 2 + (1 - 4) / torch.e, []
+    for steps in (20, 40):
+        x = heun(lambda x, t, y: x - 2 * t.view(-1, 1, 1, 1), z, y, torch.linspace(1, 0, steps + 1).double().tolist()[:-1] + [1e-9, 0.0])
+        errors.append(abs(x.item() - end))
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
 
 
 @pytest.mark.parametrize("data_output", [False, True])
