@@ -147,7 +147,7 @@ class SamplerFlags:
 
 
 # ---- recipes ------------------------------------------------------------------------------------------------------
-# The few-step rows start from the run of the many-step row above them. What to expect is in the last comment of each row.
+# The few-step rows start from the run of the many-step row above them. The comments: score @ network calls (RESULTS.md).
 
 SHAPES = dict(data="shapes", model="TiT-XXS/8", data_output=True)
 SHAPES32 = dict(data="shapes", model="TiT-XS/8", data_output=True)
@@ -159,17 +159,20 @@ MANY = dict(enhancement_ratio=0.5, enhancement_style="ft-vs-fe", beta=(2.0, 1.0,
 FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-vs-xz", enhance_range=(0.0, 1.0), huber=1.0, weight="none", beta=(0.8, 1.0, 1.0),
            eps=0.02, optimizer="radam", betas=(0.9, 0.999), lr=1e-3, warmup=20, ema=(0.99,), sample_steps=2, extrapolation=0.0, stochasticity=1.0, gap=(0.001, 0.5))
 RECIPES = {
-    "shapes":       {**SHAPES, **MANY, "steps": 5000},
-    "shapes-few":   {**SHAPES, **FEW, "steps": 500, "init_from": "runs/shapes"},
-    "shapes32":     {**SHAPES32, **MANY, "lr": 5e-3, "steps": 7500},
-    "shapes32-few": {**SHAPES32, **FEW, "steps": 220, "init_from": "runs/shapes32"},
-    "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},
+    "shapes":       {**SHAPES, **MANY, "steps": 5000},                                                          # FD-shapes 6.65 @20, N 4,000
+    "shapes-few":   {**SHAPES, **FEW, "steps": 500, "init_from": "runs/shapes"},                                # 9.22 @2
+    "shapes32":     {**SHAPES32, **MANY, "lr": 5e-3, "steps": 7500},                                            # FD-shapes 3.91 @40, N 10,000
+    "shapes32-few": {**SHAPES32, **FEW, "steps": 220, "init_from": "runs/shapes32"},                            # 3.67 @2
+    "shapes32-one": {**SHAPES32, **FEW, "steps": 2500, "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1},
+    "shapes32-mid": {**SHAPES32, **FEW, "steps": 264, "consistency_ratio": 0.9, "init_from": "runs/shapes32", "sample_steps": 4, "stochasticity": 0.0,
+                     "gap": (0.001, 0.1)},
+    "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},                                            # not run
     "shapes64-few": {**SHAPES64, **FEW, "steps": 220, "init_from": "runs/shapes64"},
     "mnist":        {**MNIST, **MANY, "steps": 3000},
-    "mnist-few":    {**MNIST, **FEW, "steps": 100, "init_from": "runs/mnist"},
+    "mnist-few":    {**MNIST, **FEW, "steps": 100, "init_from": "runs/mnist", "gap": (0.001, 0.6)},
     "folder":       {**FOLDER, **MANY, "lr": 5e-3, "steps": 5000},
     "folder-few":   {**FOLDER, **FEW, "steps": 500, "init_from": "runs/folder"},
-    "cifar10":      {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},
+    "cifar10":      {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},                          # not run
     "cifar10-few":  {**CIFAR, **FEW, "lr": 1e-4, "steps": 10_000, "init_from": "runs/cifar10"},
 }
 
