@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from config import Config, fail, read_flags
 from data import Shapes
@@ -203,10 +202,9 @@ def main(options):
         print(f"| {what} | {batch} | {str(dtype)[6:]} | {'yes' if compiled else 'no'} | {seconds * 1e3:.1f} | {batch / seconds:.0f} | {speed / 1e12:.3g} "
               f"| {speed / rates[dtype]:.1%} | {first:.1f} | {peak_memory(device):.2f} |", flush=True)
     if device.type == "cpu":
-        data, start = Shapes(options.size), time.perf_counter()
-        for k in tqdm(range(20), unit="batch", disable=True):
-            data[range(64 * k, 64 * k + 64)]
-        print(f"\nrendering 64 shapes: {(time.perf_counter() - start) / 20 * 1e3:.2f} ms")
+        data = Shapes(options.size)
+        seconds, _ = timed(lambda: data[range(64)], device, min(options.seconds, 1))
+        print(f"\nrendering 64 shapes: {seconds * 1e3:.2f} ms")
 
 
 if __name__ == "__main__":

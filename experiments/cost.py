@@ -47,7 +47,7 @@ def main(options):
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     rate = product_rate(device, dtype)
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4))
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.7))
     bar = tqdm(total=sum(map(len, SWEEPS.values())), unit="point")
     rows = [f"| varied | value | GFLOP a step | ms | of the product rate ({rate / 1e12:.3g} TFLOP/s) |", "|---|---|---|---|---|"]
     for panel, (name, values) in zip(axes, SWEEPS.items()):
@@ -61,7 +61,7 @@ def main(options):
         panel.plot(values, [ms for ms, _ in points], marker="o", markersize=4, label="measured")
         panel.plot(values, [flops * factor for _, flops in points], color="grey", linestyle=":", label="flops")
         panel.set(xscale="log", yscale="log", xlabel=name)
-        panel.set_xticks(values, map(str, values))
+        panel.set_xticks(values, map(str, values), fontsize=8)
         panel.minorticks_off()
     bar.close()
     axes[0].set_ylabel("ms a training step")
