@@ -185,6 +185,7 @@ def hub(tmp_path):
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_push_and_read_back(tmp_path, hub):
     """sample.py --push, then --ckpt hf://: the same weights, the same picture. A missing file, a broken download, no token: one line each."""
     draw = lambda *words, env=hub: subprocess.run([sys.executable, "sample.py", "--num", "4", "--steps", "2", "--device", "cpu", *words], cwd=ROOT,

@@ -154,6 +154,7 @@ def test_identical_sets_have_distance_zero(tmp_path, weights):
     assert abs(result["FID"]) < 1e-6 and abs(result["sFID"]) < 1e-6 and result["N"] == 20
 
 
+@pytest.mark.slow
 def test_statistics_are_a_reference(tmp_path, weights, capsys):
     """--stats and then --ref equals comparing the pictures; ADM's and pytorch-fid's files are recognised."""
     fake, real = (write_folder(tmp_path / name, picture_set(32, seed, 24)) for name, seed in (("fake", 1), ("real", 2)))
@@ -245,6 +246,7 @@ if dist.is_initialized():
 """
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_statistics(tmp_path):
     (tmp_path / "merge.py").write_text(MERGE)
     found = []
