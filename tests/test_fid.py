@@ -289,7 +289,10 @@ print(float(value), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_and_time_is_that_of_pytorch_fid(tmp_path, weights):
-    """500 and 1,000 pictures in the same memory; 500 in about the time of pytorch-fid (half as much again allowed: noise), with the same FID."""
+    """500 and 1,000 pictures in the same memory; 500 in about the time of pytorch-fid (half as much again allowed: noise), with the same FID.
+
+    glibc is told to give large blocks back at once: left to itself its peak for the SAME pictures differs by 190 MiB from run to run.
+    """
     pytest.importorskip("pytorch_fid")
     pictures = picture_set(64, 5, 1000)
     small, large = write_folder(tmp_path / "500", pictures[::2]), write_folder(tmp_path / "1000", pictures)
@@ -299,11 +302,11 @@ def test_memory_does_not_grow_and_time_is_that_of_pytorch_fid(tmp_path, weights)
 
     def measure(folder, which):
         run = subprocess.run([sys.executable, str(tmp_path / "measure.py"), str(folder), str(tmp_path / "ref.npz"), str(weights), which], cwd=ROOT, text=True,
-                             env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+                             env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}, capture_output=True)
         assert run.returncode == 0, run.stderr[-2000:]
         return [float(v) for v in run.stdout.split()[-3:]]
     ours, twice, theirs = measure(small, "ours"), measure(large, "ours"), measure(small, "peer")
     print(f"\n500: {ours[1]:.0f} MiB, {ours[2]:.1f} s; 1,000: {twice[1]:.0f} MiB; pytorch-fid, 500: {theirs[1]:.0f} MiB, {theirs[2]:.1f} s")
     assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-3)
-    assert twice[1] < ours[1] + 60
+    assert twice[1] < ours[1] + 20
     assert ours[2] < 1.5 * theirs[2]
