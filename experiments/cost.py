@@ -2,7 +2,7 @@
 
     python experiments/cost.py                                  # a few minutes; matplotlib is in requirements-dev.txt
 
-The line is flops / rate of the matrix products measured first, times the one factor that fits the largest point of each panel.
+The line is proportional to the flops, through the last point of each panel.
 """
 import sys
 from dataclasses import dataclass

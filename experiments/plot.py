@@ -1,6 +1,6 @@
 """The explanation's pictures: two curves that one loss draws, and what extrapolation does (pip install -r requirements-dev.txt).
 
-    python experiments/plot.py paths                            # assets/paths.png: a 2-D mixture, exact and learnt, lambda 0 and 1; a minute
+    python experiments/plot.py paths                            # assets/paths.png: a 2-D mixture, exact and learnt, lambda 0 and 1; three minutes
     python experiments/plot.py kappa --ckpt runs/shapes32       # assets/kappa.png: x_hat after each step, plain and extrapolated
 """
 import sys
@@ -89,7 +89,8 @@ def travel(net, z, **settings):
     def heard(x_t, t, y):
         points.append(x_t)
         return net(x_t, t, y)
-    return torch.stack([*points[:1], *points[2:], sample(heard, z, y, "linear", **settings)] if settings["steps"] > 1 else [z, sample(net, z, y, "linear", **settings)])
+    end = sample(heard, z, y, "linear", **settings)
+    return torch.stack([z, *points[2:], end])                              # the first call hears z itself
 
 
 def paths(options):
@@ -119,9 +120,8 @@ def paths(options):
             panel.plot(*way[:, those].permute(2, 0, 1).numpy(), color=f"C{kind}", linewidth=0.7, alpha=0.7)
             panel.scatter(*way[0, those].T.numpy(), s=8, facecolors="none", edgecolors=f"C{kind}", linewidths=0.7)
             panel.scatter(*way[-1, colour == kind][:250].T.numpy(), s=1.5, color=f"C{kind}")
-        panel.set_title(name if name == "exact" else f"{name}\n{off[name]:.2f} from the exact end", fontsize=10)
+        panel.set_title("exact\n(the flow's equation, 400 steps)" if name == "exact" else f"{name}\n{off[name]:.2f} from the exact end", fontsize=10)
         panel.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal")
-    axes[0].set_title("exact\n(the flow's equation, 400 steps)", fontsize=10)
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.86, 0.03)
     figure.savefig(options.out or ASSETS / "paths.png", dpi=110)
 
