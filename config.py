@@ -57,7 +57,7 @@ class Config:
     steps: int = 2000                   # of training
     batch_size: int = 64                # global: over all processes and accumulation steps; a multiple of 16
     micro_batch: int = 0                # most pictures in one pass of one process; 0: its whole share at once
-    optimizer: str = "adamw"            # adamw or radam
+    optimizer: str = "adamw"            # adamw, radam, or muon (adamw but for the matrices of attention and MLP)
     lr: float = 2e-3                    # learning rate after warm-up
     betas: tuple = (0.9, 0.99)          # of the optimiser
     weight_decay: float = 0.0           # of the optimiser
@@ -98,9 +98,11 @@ class Config:
                 raise ValueError(f"{name} is {value}; it must lie in 0..1")
         if self.data_output and self.transport != "linear":
             raise ValueError(f"data_output is for transport linear, found {self.transport}; for other paths add --data_output no")
+        if self.optimizer == "muon" and self.shard:
+            raise ValueError("muon works on whole matrices: leave out --shard yes, or take --optimizer adamw")
         if self.model.startswith("DDT") and (self.data_output or self.grad_checkpoint):
             raise ValueError("DDT has neither data_output nor grad_checkpoint: leave them out")
-        for name, allowed in (("compile", ("auto", "yes", "no")), ("optimizer", ("adamw", "radam")), ("dtype", ("auto", "bfloat16", "float32"))):
+        for name, allowed in (("compile", ("auto", "yes", "no")), ("optimizer", ("adamw", "radam", "muon")), ("dtype", ("auto", "bfloat16", "float32"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(allowed[:-1])} or {allowed[-1]}")
 

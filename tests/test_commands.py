@@ -157,7 +157,7 @@ def damaged_checkpoints(home):
     ("train.py", "--transport epsilon-prediction --data_output no --consistency_ratio 1 --enhancement_ratio 0", "those that can"),
     ("train.py", "--transport trigflow", "data_output is for transport linear"),
     ("train.py", "--recipe shapes-few --init_from foreign.safetensors", "it lacks x_embedder.proj.weight"),
-    ("train.py", "--optimizer sgd", "use adamw or radam"),
+    ("train.py", "--optimizer sgd", "use adamw, radam or muon"), ("train.py", "--optimizer muon --shard yes", "leave out --shard yes"),
     ("train.py", "--device gpu", "this machine has"),
     ("train.py", "--labels square,star", "no class"),
     ("train.py", "--extrapolation auto --stochasticity 1", "number instead"),

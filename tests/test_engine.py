@@ -1,4 +1,5 @@
 """What the training engine promises: exact resume, one result for any number of processes, and survival of faults."""
+import copy
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from test_commands import ROOT, run
 from torch.testing import assert_close
 
 import data
+from train import Muon, orthogonal
 
 # four tokens: with one, the exact gradient of q and k is zero and Adam would magnify its rounding errors
 TINY = ("--image_size 8 --model TiT-XXS/4 --batch_size 64 --compile no --dtype float32 --device cpu --held_out 16 --log_every 5 --warmup 5 --decay 0 "
@@ -25,7 +27,8 @@ TINY = ("--image_size 8 --model TiT-XXS/4 --batch_size 64 --compile no --dtype f
 TEACH = "--enhancement_ratio 0.5 --enhancement_style ft-vs-fe".split()
 RUNS = {"many-step": TEACH,
         "few-step": "--consistency_ratio 1 --enhancement_ratio 1 --enhancement_style fc-vs-xz --optimizer radam --init_from start".split(),
-        "tuning": "--consistency_ratio 1 --derivative jvp --enhancement_ratio 1.5 --enhancement_style fc-vs-fe --huber 5 --ema 0.99,0.9 --init_from start".split()}
+        "tuning": "--consistency_ratio 1 --derivative jvp --enhancement_ratio 1.5 --enhancement_style fc-vs-fe --huber 5 --ema 0.99,0.9 --init_from start".split(),
+        "muon": ["--optimizer", "muon", *TEACH]}
 
 
 @pytest.fixture
@@ -148,7 +151,7 @@ def plant(monkeypatch, bad):
     monkeypatch.setattr(data.Shapes, "__getitem__", getitem)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+@pytest.mark.parametrize("optimizer", ["adamw", "radam", "muon"])
 def test_one_nan_is_skipped_and_counted(home, capsys, monkeypatch, optimizer):
     train("--steps", 7, "--out", "before", "--optimizer", optimizer, capsys=capsys)
     plant(monkeypatch, lambda step: step == 7)
@@ -214,6 +217,47 @@ def test_two_agents_by_rendezvous_train_as_one_process(home, capsys):
     agents = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [agent.wait(timeout=200) for agent in agents] == [0, 0]
     assert same("one", "two", exactly=False) <= 1e-6
+
+
+# ---- Muon ---------------------------------------------------------------------------------------------------------
+
+def matrix_and_bias():
+    block = torch.nn.Sequential()
+    block.mlp = torch.nn.Sequential()
+    block.mlp.w, block.attn = torch.nn.Linear(6, 10), torch.nn.Sequential(torch.nn.Linear(10, 4))
+    return torch.nn.ModuleDict({"block": block, "head": torch.nn.Linear(4, 3)})
+
+
+def test_orthogonal_keeps_the_singular_vectors_and_evens_the_values():
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 6, generator=generator))[0] for n in (9, 30))
+    for values in (torch.ones(6), torch.linspace(0.05, 3, 6), torch.tensor([1e3, 900, 800, 700, 600, 500])):
+        for matrix in (u @ values.diag() @ v.T, v @ values.diag() @ u.T):
+            middle = (u.T @ orthogonal(matrix).float() @ v) if len(matrix) == 9 else (v.T @ orthogonal(matrix).float() @ u)
+            assert (middle - middle.diag().diag()).abs().max() < 0.02 and 0.65 < middle.diag().min() and middle.diag().max() < 1.25
+
+
+def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch before 2.9 has no Muon to compare with")
+    torch.manual_seed(0)
+    net = matrix_and_bias()
+    twin = copy.deepcopy(net)
+    ours = Muon(net, 0.02, (0.9, 0.99), weight_decay=0.1, fused=True)
+    matrices = [twin.block.mlp.w.weight, twin.block.attn[0].weight]
+    assert [tuple(p.shape) for p in ours.matrices] == [tuple(p.shape) for p in matrices]
+    rest = [p for p in twin.parameters() if all(p is not m for m in matrices)]
+    theirs = (torch.optim.Muon(matrices, 0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+              torch.optim.AdamW(rest, 0.02, (0.9, 0.99), weight_decay=0.1, fused=True))
+    for _ in range(5):
+        for p, q in zip(net.parameters(), twin.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        for optimizer in theirs:
+            optimizer.step()
+    for p, q in zip(net.parameters(), twin.parameters()):
+        assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
 # ---- the fault harness --------------------------------------------------------------------------------------------
