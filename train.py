@@ -91,12 +91,12 @@ def orthogonal(matrix):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for the matrices of attention and MLP: their step is the momentum, made orthogonal and of the size of an Adam step
+    """AdamW, but for the matrices of attention and MLP in the blocks: their step is the momentum, made orthogonal and of the size of an Adam step
     (arXiv 2502.16982), so that directions which few pictures ask for are learned as fast as the others."""
 
     def __init__(self, net, *settings, **more):
         super().__init__([p for p in net.parameters() if p.requires_grad], *settings, **more)
-        self.matrices = [p for name, p in net.named_parameters() if p.ndim == 2 and (".attn." in name or ".mlp." in name)]
+        self.matrices = [p for name, p in net.named_parameters() if p.ndim == 2 and name.startswith("blocks.") and "adaLN" not in name]
 
     @torch.no_grad()
     def step(self):

@@ -221,11 +221,13 @@ def test_two_agents_by_rendezvous_train_as_one_process(home, capsys):
 
 # ---- Muon ---------------------------------------------------------------------------------------------------------
 
-def matrix_and_bias():
+def small_net():
     block = torch.nn.Sequential()
     block.mlp = torch.nn.Sequential()
     block.mlp.w, block.attn = torch.nn.Linear(6, 10), torch.nn.Sequential(torch.nn.Linear(10, 4))
-    return torch.nn.ModuleDict({"block": block, "head": torch.nn.Linear(4, 3)})
+    block.adaLN_modulation, head = torch.nn.Linear(4, 8), torch.nn.Sequential()
+    head.mlp = torch.nn.Linear(4, 3)
+    return torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([block]), "head": head})
 
 
 def test_orthogonal_keeps_the_singular_vectors_and_evens_the_values():
@@ -241,10 +243,10 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch before 2.9 has no Muon to compare with")
     torch.manual_seed(0)
-    net = matrix_and_bias()
+    net = small_net()
     twin = copy.deepcopy(net)
     ours = Muon(net, 0.02, (0.9, 0.99), weight_decay=0.1, fused=True)
-    matrices = [twin.block.mlp.w.weight, twin.block.attn[0].weight]
+    matrices = [twin.blocks[0].mlp.w.weight, twin.blocks[0].attn[0].weight]
     assert [tuple(p.shape) for p in ours.matrices] == [tuple(p.shape) for p in matrices]
     rest = [p for p in twin.parameters() if all(p is not m for m in matrices)]
     theirs = (torch.optim.Muon(matrices, 0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
