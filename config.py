@@ -153,6 +153,7 @@ class SamplerFlags:
 
 SHAPES = dict(data="shapes", model="TiT-XXS/8", data_output=True)
 SHAPES32 = dict(data="shapes", model="TiT-XS/8", data_output=True)
+FINE = dict(data="shapes", model="TiT-XXS/4", data_output=True)
 SHAPES64 = dict(data="shapes", model="TiT-XS/8", data_output=True, image_size=64)
 MNIST = dict(data="mnist", model="TiT-XXS/4", data_output=True)
 CIFAR = dict(data="cifar10", model="TiT-S/2", batch_size=128)
@@ -168,6 +169,8 @@ RECIPES = {
     "shapes32-one": {**SHAPES32, **FEW, "steps": 2500, "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1},  # 5.69 @1
     "shapes32-mid": {**SHAPES32, **FEW, "steps": 264, "consistency_ratio": 0.9, "init_from": "runs/shapes32", "sample_steps": 4, "stochasticity": 0.0,
                      "gap": (0.001, 0.1)},                                                                      # 4.16 @4
+    "shapes32-fine":     {**FINE, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "steps": 7500},
+    "shapes32-fine-few": {**FINE, **FEW, "steps": 220, "init_from": "runs/shapes32-fine"},
     "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},                                            # not run
     "shapes64-few": {**SHAPES64, **FEW, "steps": 220, "init_from": "runs/shapes64"},
     "mnist":        {**MNIST, **MANY, "steps": 3000},                                                           # FD-mnist 5.57 @40, N 5,000
