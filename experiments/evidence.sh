@@ -26,6 +26,11 @@ for seed in "$@"; do
   python experiments/peers.py curves --ckpt "runs/shapes32-$seed" --num 2000 --nfe 1,2,4,8,10,20,40 --kappas 0,auto,0.5 --seed "$seed" --out "$results/curves-$seed.jsonl"
   python experiments/peers.py curves --ckpt "runs/shapes32-$seed" --num 2000 --nfe 80 --kappas 0 --others no --seed "$seed" --out "$results/curves-$seed.jsonl"
 
+  python train.py --recipe shapes32-fine --seed "$seed" --out "runs/fine-$seed"
+  python train.py --recipe shapes32-fine-few --seed "$seed" --init_from "runs/fine-$seed" --out "runs/fine-few-$seed"
+  score fine --ckpt "runs/fine-$seed" --steps 40 --seed "$seed"
+  for steps in 1 2 4; do score fine-few --ckpt "runs/fine-few-$seed" --steps $steps --seed "$seed"; done
+
   python train.py --recipe mnist --data "$mnist" --seed "$seed" --out "runs/mnist-$seed"
   python train.py --recipe mnist-few --data "$mnist" --seed "$seed" --init_from "runs/mnist-$seed" --out "runs/mnist-few-$seed"
   score mnist --ckpt "runs/mnist-$seed" --steps 40 --seed "$seed"
