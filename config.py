@@ -170,7 +170,7 @@ RECIPES = {
     "shapes32-mid": {**SHAPES32, **FEW, "steps": 264, "consistency_ratio": 0.9, "init_from": "runs/shapes32", "sample_steps": 4, "stochasticity": 0.0,
                      "gap": (0.001, 0.1)},                                                                      # 4.16 @4
     "shapes32-fine":     {**FINE, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "steps": 7500},
-    "shapes32-fine-few": {**FINE, **FEW, "steps": 220, "init_from": "runs/shapes32-fine"},
+    "shapes32-fine-few": {**FINE, **FEW, "steps": 220, "init_from": "runs/shapes32-fine", "gap": (0.001, 0.6)},
     "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},                                            # not run
     "shapes64-few": {**SHAPES64, **FEW, "steps": 220, "init_from": "runs/shapes64"},
     "mnist":        {**MNIST, **MANY, "steps": 3000},                                                           # FD-mnist 5.57 @40, N 5,000
