@@ -169,8 +169,9 @@ RECIPES = {
     "shapes32-one": {**SHAPES32, **FEW, "steps": 2500, "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1},  # 5.69 @1
     "shapes32-mid": {**SHAPES32, **FEW, "steps": 264, "consistency_ratio": 0.9, "init_from": "runs/shapes32", "sample_steps": 4, "stochasticity": 0.0,
                      "gap": (0.001, 0.1)},                                                                      # 4.16 @4
-    "shapes32-fine":     {**FINE, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "steps": 7500},
-    "shapes32-fine-few": {**FINE, **FEW, "steps": 220, "init_from": "runs/shapes32-fine", "gap": (0.001, 0.6)},
+    "shapes32-fine":     {**FINE, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "steps": 7500},                 # FD-shapes 2.12 @40, N 10,000
+    "shapes32-fine-few": {**FINE, **FEW, "steps": 220, "init_from": "runs/shapes32-fine", "gap": (0.001, 0.6)},       # 3.13 @2
+    "shapes32-fine-one": {**FINE, **FEW, "steps": 500, "optimizer": "muon", "init_from": "runs/shapes32-fine", "sample_steps": 1},
     "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},                                            # not run
     "shapes64-few": {**SHAPES64, **FEW, "steps": 220, "init_from": "runs/shapes64"},
     "mnist":        {**MNIST, **MANY, "steps": 3000},                                                           # FD-mnist 5.57 @40, N 5,000

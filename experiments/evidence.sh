@@ -29,7 +29,9 @@ for seed in "$@"; do
   python train.py --recipe shapes32-fine --seed "$seed" --out "runs/fine-$seed"
   python train.py --recipe shapes32-fine-few --seed "$seed" --init_from "runs/fine-$seed" --out "runs/fine-few-$seed"
   score fine --ckpt "runs/fine-$seed" --steps 40 --seed "$seed"
-  for steps in 1 2 4; do score fine-few --ckpt "runs/fine-few-$seed" --steps $steps --seed "$seed"; done
+  for steps in 1 2; do score fine-few --ckpt "runs/fine-few-$seed" --steps $steps --seed "$seed"; done
+  python train.py --recipe shapes32-fine-one --seed "$seed" --init_from "runs/fine-$seed" --out "runs/fine-one-$seed"
+  for steps in 1 2; do score fine-one --ckpt "runs/fine-one-$seed" --steps $steps --seed "$seed"; done
 
   python train.py --recipe mnist --data "$mnist" --seed "$seed" --out "runs/mnist-$seed"
   python train.py --recipe mnist-few --data "$mnist" --seed "$seed" --init_from "runs/mnist-$seed" --out "runs/mnist-few-$seed"
