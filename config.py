@@ -171,11 +171,11 @@ RECIPES = {
                      "gap": (0.001, 0.1)},                                                                      # 4.16 @4
     "shapes32-fine":     {**FINE, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "steps": 7500},                 # FD-shapes 2.12 @40, N 10,000
     "shapes32-fine-few": {**FINE, **FEW, "steps": 220, "init_from": "runs/shapes32-fine", "gap": (0.001, 0.6)},       # 3.13 @2
-    "shapes32-fine-one": {**FINE, **FEW, "steps": 500, "optimizer": "muon", "init_from": "runs/shapes32-fine", "sample_steps": 1},
+    "shapes32-fine-one": {**FINE, **FEW, "steps": 500, "optimizer": "muon", "init_from": "runs/shapes32-fine", "sample_steps": 1},  # 5.8 @1
     "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},                                            # not run
     "shapes64-few": {**SHAPES64, **FEW, "steps": 220, "init_from": "runs/shapes64"},
     "mnist":        {**MNIST, **MANY, "enhancement_ratio": 0.4, "optimizer": "muon", "steps": 3000},            # FD-mnist 4.13 @40, N 5,000
-    "mnist-few":    {**MNIST, **FEW, "steps": 100, "init_from": "runs/mnist", "gap": (0.001, 0.6)},              # 10.2 @2
+    "mnist-few":    {**MNIST, **FEW, "steps": 100, "init_from": "runs/mnist", "gap": (0.001, 0.6)},              # 7.03 @2
     "folder":       {**FOLDER, **MANY, "lr": 5e-3, "steps": 5000},
     "folder-few":   {**FOLDER, **FEW, "steps": 500, "init_from": "runs/folder"},
     "cifar10":      {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},                          # not run
