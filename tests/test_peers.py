@@ -1,9 +1,12 @@
 """The peers under experiments/ are what they are called."""
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from data import Shapes
 from experiments.peers import MeanFlow, dpm_solver_2m, heun, meanflow_loss, sample_meanflow
+from experiments.pose import draws
 from model import DiT
 from sampler import sample, time_grid
 
@@ -48,3 +51,20 @@ def test_meanflow_starts_as_the_velocity_and_knows_straight_paths(data_output):
     constant = lambda x_t, *rest: torch.full_like(x_t, 2.0)
     loss = meanflow_loss(lambda x_t, r, t, y: torch.full_like(x_t, 5.0), constant, x, y, t, t / 2, torch.randn_like(x))
     assert_close(loss, torch.full((4,), 9 / 9.001))
+
+
+def test_the_numbers_of_a_drawing_are_those_it_was_drawn_from():
+    """pose.draws hands out the pictures of data.Shapes with classes in turn; narrowing a number narrows that one alone, and afterwards all is as before."""
+    positions = np.arange(64)
+    x, y, u = draws(3, positions)
+    assert y.tolist() == [k % 8 for k in range(64)]
+    stream = Shapes(32, 3)
+    same_class = (stream[positions][1] == y).nonzero()[:, 0]
+    assert len(same_class) > 0 and torch.equal(stream[positions][0][same_class], x[same_class])
+    still, _, _ = draws(3, positions, {1: lambda u: 0 * u + 0.5, 2: lambda u: 0 * u + 0.5})
+    column = torch.arange(32) + 0.5
+    ink = lambda x: (x - x[..., :1, :1]).abs().sum(1)                                               # what is not paper, (B, S, S)
+    centre = lambda x: (ink(x).sum(1) @ column) / ink(x).sum((1, 2)) - 16
+    circles = y == 0
+    assert centre(still)[circles].abs().max() < 0.05
+    assert torch.allclose(centre(x)[circles], 0.12 * 32 * u[circles, 0], atol=0.05)
