@@ -33,6 +33,12 @@ for seed in "$@"; do
   python train.py --recipe shapes32-fine-one --seed "$seed" --init_from "runs/fine-$seed" --out "runs/fine-one-$seed"
   for steps in 1 2; do score fine-one --ckpt "runs/fine-one-$seed" --steps $steps --seed "$seed"; done
 
+  python train.py --recipe shapes32 --optimizer muon --enhancement_ratio 0.3 --seed "$seed" --out "runs/muon-$seed"
+  python train.py --recipe shapes32-few --gap 0.001,0.6 --seed "$seed" --init_from "runs/muon-$seed" --out "runs/muon-few-$seed"
+  score muon --ckpt "runs/muon-$seed" --steps 40 --seed "$seed"
+  for steps in 1 2; do score muon-few --ckpt "runs/muon-few-$seed" --steps $steps --seed "$seed"; done
+  python experiments/pose.py --ckpt "runs/muon-$seed"
+
   python train.py --recipe mnist --data "$mnist" --seed "$seed" --out "runs/mnist-$seed"
   python train.py --recipe mnist-few --data "$mnist" --seed "$seed" --init_from "runs/mnist-$seed" --out "runs/mnist-few-$seed"
   score mnist --ckpt "runs/mnist-$seed" --steps 40 --seed "$seed"

@@ -41,14 +41,14 @@ class Options:
     train_steps: int = 2500                 # of the network that reads the numbers
 
 
-def draws(seed, positions, change={}):
-    """Pictures (B, 3, 32, 32), classes (B,) in turn, and the numbers (B, 8) in -1..1; change: column -> function of its uniforms."""
+def draws(seed, positions, change=()):
+    """Pictures (B, 3, 32, 32), classes (B,) in turn, and the numbers (B, 8) in -1..1; change: pairs of a column and a function of its uniforms."""
     plain = data.uniforms
 
     def uniforms(*args):
         u = plain(*args)
         u[:, 0] = (positions % 8 + 0.5) / 8
-        for column, function in change.items():
+        for column, function in change:
             u[:, column] = function(u[:, column])
         return u
     data.uniforms = uniforms
@@ -86,7 +86,7 @@ def price(num):
     """FD-shapes of `num` real pictures whose angle or place is drawn from a part of its range, against 2 num real ones."""
     features = SmallFeatures("shapes", (3, 32, 32), 8)
 
-    def moments(seed, count, change={}):
+    def moments(seed, count, change=()):
         all_rows = Moments(len(features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))["pool"][0]))
         for first in range(0, count, 1000):
             all_rows.add(features(data.eight_bit(draws(seed, first + np.arange(min(1000, count - first)), change)[0]))["pool"])
@@ -95,7 +95,7 @@ def price(num):
     real = moments(1, 2 * num)
     for name, columns, shares in (("nothing", [4], [1]), ("angle", [4], [0.9, 0.8, 0.7]), ("place", [1, 2], [0.98, 0.96, 0.94])):
         for share in shares:
-            print(f"{name:8} {share:4}  {frechet(moments(2, num, {c: part(share) for c in columns}), real).__round__(2)}", flush=True)
+            print(f"{name:8} {share:4}  {frechet(moments(2, num, [(c, part(share)) for c in columns]), real).__round__(2)}", flush=True)
 
 
 def main(argv=None):
