@@ -61,7 +61,7 @@ def test_the_numbers_of_a_drawing_are_those_it_was_drawn_from():
     stream = Shapes(32, 3)
     same_class = (stream[positions][1] == y).nonzero()[:, 0]
     assert len(same_class) > 0 and torch.equal(stream[positions][0][same_class], x[same_class])
-    still, _, _ = draws(3, positions, {1: lambda u: 0 * u + 0.5, 2: lambda u: 0 * u + 0.5})
+    still, _, _ = draws(3, positions, [(column, lambda u: 0 * u + 0.5) for column in (1, 2)])
     column = torch.arange(32) + 0.5
     ink = lambda x: (x - x[..., :1, :1]).abs().sum(1)                                               # what is not paper, (B, S, S)
     centre = lambda x: (ink(x).sum(1) @ column) / ink(x).sum((1, 2)) - 16
