@@ -151,27 +151,24 @@ class SamplerFlags:
 # ---- recipes ------------------------------------------------------------------------------------------------------
 # The few-step rows start from the run of the many-step row above them. The comments: score @ network calls (RESULTS.md).
 
-SHAPES = dict(data="shapes", model="TiT-XXS/8", data_output=True)
-SHAPES32 = dict(data="shapes", model="TiT-XS/8", data_output=True)
-FINE = dict(data="shapes", model="TiT-XXS/4", data_output=True)
-SHAPES64 = dict(data="shapes", model="TiT-XS/8", data_output=True, image_size=64)
-MNIST = dict(data="mnist", model="TiT-XXS/4", data_output=True)
+ESTIMATE = dict(data_output=True, gap=(0.001, 0.05))          # such a network divides by max(t, .05): calls below would leave a grain
+SHAPES = dict(data="shapes", model="TiT-XXS/8", **ESTIMATE)
+SHAPES32 = dict(data="shapes", model="TiT-XS/8", **ESTIMATE)
+SHAPES64 = dict(data="shapes", model="TiT-XS/8", image_size=64, **ESTIMATE)
+MNIST = dict(data="mnist", model="TiT-XXS/4", **ESTIMATE)
 CIFAR = dict(data="cifar10", model="TiT-S/2", batch_size=128)
-FOLDER = dict(data="folder:pictures", model="TiT-XS/4", data_output=True)
+FOLDER = dict(data="folder:pictures", model="TiT-XS/4", **ESTIMATE)
 MANY = dict(enhancement_ratio=0.5, enhancement_style="ft-vs-fe", beta=(2.0, 1.0, 1.0), weight="none", lr=8e-3)
 FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-vs-xz", enhance_range=(0.0, 1.0), huber=1.0, weight="none", beta=(0.8, 1.0, 1.0),
            eps=0.02, optimizer="radam", betas=(0.9, 0.999), lr=1e-3, warmup=20, ema=(0.99,), sample_steps=2, extrapolation=0.0, stochasticity=1.0, gap=(0.001, 0.5))
 RECIPES = {
     "shapes":       {**SHAPES, **MANY, "steps": 5000},                                                          # FD-shapes 6.66 @20, N 4,000
     "shapes-few":   {**SHAPES, **FEW, "steps": 500, "init_from": "runs/shapes"},                                # 11.2 @2
-    "shapes32":     {**SHAPES32, **MANY, "lr": 5e-3, "steps": 7500},                                            # FD-shapes 3.91 @40, N 10,000
-    "shapes32-few": {**SHAPES32, **FEW, "steps": 220, "init_from": "runs/shapes32"},                            # 3.67 @2
-    "shapes32-one": {**SHAPES32, **FEW, "steps": 2500, "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1},  # 5.69 @1
-    "shapes32-mid": {**SHAPES32, **FEW, "steps": 264, "consistency_ratio": 0.9, "init_from": "runs/shapes32", "sample_steps": 4, "stochasticity": 0.0,
-                     "gap": (0.001, 0.1)},                                                                      # 4.16 @4
-    "shapes32-fine":     {**FINE, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "steps": 7500},                 # FD-shapes 2.12 @40, N 10,000
-    "shapes32-fine-few": {**FINE, **FEW, "steps": 220, "init_from": "runs/shapes32-fine", "gap": (0.001, 0.6)},       # 3.13 @2
-    "shapes32-fine-one": {**FINE, **FEW, "steps": 500, "optimizer": "muon", "init_from": "runs/shapes32-fine", "sample_steps": 1},  # 5.8 @1
+    "shapes32":     {**SHAPES32, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "lr": 5e-3, "steps": 15000},   # FD-shapes XX @40, N 10,000
+    "shapes32-few": {**SHAPES32, **FEW, "steps": 440, "init_from": "runs/shapes32", "stochasticity": 0.0, "gap": (0.001, 0.6)},  # XX @2
+    "shapes32-one": {**SHAPES32, **FEW, "steps": 1500, "optimizer": "muon", "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1},  # XX @1
+    "shapes32-mid": {**SHAPES32, **FEW, "steps": 528, "consistency_ratio": 0.9, "init_from": "runs/shapes32", "sample_steps": 4, "stochasticity": 0.0,
+                     "gap": (0.001, 0.1)},                                                                      # XX @4
     "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},                                            # not run
     "shapes64-few": {**SHAPES64, **FEW, "steps": 220, "init_from": "runs/shapes64"},
     "mnist":        {**MNIST, **MANY, "enhancement_ratio": 0.4, "optimizer": "muon", "steps": 3000},            # FD-mnist 4.13 @40, N 5,000
