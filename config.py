@@ -164,11 +164,12 @@ FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-v
 RECIPES = {
     "shapes":       {**SHAPES, **MANY, "steps": 5000},                                                          # FD-shapes 6.66 @20, N 4,000
     "shapes-few":   {**SHAPES, **FEW, "steps": 500, "init_from": "runs/shapes"},                                # 11.2 @2
-    "shapes32":     {**SHAPES32, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "lr": 5e-3, "steps": 15000},   # FD-shapes XX @40, N 10,000
-    "shapes32-few": {**SHAPES32, **FEW, "steps": 440, "init_from": "runs/shapes32", "stochasticity": 0.0, "gap": (0.001, 0.6)},  # XX @2
-    "shapes32-one": {**SHAPES32, **FEW, "steps": 1500, "optimizer": "muon", "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1},  # XX @1
+    "shapes32":     {**SHAPES32, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "lr": 5e-3, "steps": 15000},   # FD-shapes 1.59 @40, N 10,000
+    "shapes32-few": {**SHAPES32, **FEW, "steps": 440, "init_from": "runs/shapes32", "stochasticity": 0.0, "gap": (0.001, 0.6)},  # 1.67 @2
+    "shapes32-one": {**SHAPES32, **FEW, "steps": 1500, "optimizer": "muon", "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1,
+                     "stochasticity": 0.0, "gap": (0.001, 0.6)},                                                # 2.8 @1
     "shapes32-mid": {**SHAPES32, **FEW, "steps": 528, "consistency_ratio": 0.9, "init_from": "runs/shapes32", "sample_steps": 4, "stochasticity": 0.0,
-                     "gap": (0.001, 0.1)},                                                                      # XX @4
+                     "gap": (0.001, 0.1)},                                                                      # 4.16 @4 in 264 steps from the shapes32 of before
     "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},                                            # not run
     "shapes64-few": {**SHAPES64, **FEW, "steps": 220, "init_from": "runs/shapes64"},
     "mnist":        {**MNIST, **MANY, "enhancement_ratio": 0.4, "optimizer": "muon", "steps": 3000},            # FD-mnist 4.13 @40, N 5,000
