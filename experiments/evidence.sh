@@ -15,7 +15,9 @@ for seed in "$@"; do
   score many --ckpt "$many" --steps 40 --seed "$seed"
   score many-sharp --ckpt "$many" --steps 40 --extrapolation 0.7 --seed "$seed"
   tune shapes32-few "$seed" --out "runs/few-$seed"
-  for steps in 1 2 4 8; do score few --ckpt "runs/few-$seed" --steps $steps --seed "$seed"; done
+  for steps in 1 2; do score few --ckpt "runs/few-$seed" --steps $steps --seed "$seed"; done
+  score few --ckpt "runs/few-$seed" --steps 4 --gap 0.001,0.3 --seed "$seed"
+  score few-fresh --ckpt "runs/few-$seed" --steps 2 --stochasticity 1 --seed "$seed"
   tune shapes32-one "$seed" --out "runs/one-$seed"
   for steps in 1 2; do score one --ckpt "runs/one-$seed" --steps $steps --seed "$seed"; done
   tune shapes32-mid "$seed" --out "runs/mid-$seed"
