@@ -199,15 +199,15 @@ class Judge:
 
 
 def curves(model, options):
-    judge, net = Judge(model, options), model.net
+    judge, net, gap = Judge(model, options), model.net, model.config.gap
     for nfe in map(int, options.nfe.split(",")):
         for kappa in filter(None, options.kappas.split(",")):
             kappa = kappa if kappa == "auto" else float(kappa)
-            judge(f"UCGM-S kappa {kappa}" if kappa else "Euler", nfe, lambda z, y: sample(net, z, y, "linear", steps=nfe, kappa=kappa))
+            judge(f"UCGM-S kappa {kappa}" if kappa else "Euler", nfe, lambda z, y: sample(net, z, y, "linear", steps=nfe, kappa=kappa, gap=gap))
         if not options.others:
             continue
-        judge("Heun", nfe - 1 + nfe % 2, lambda z, y: heun(net, z, y, time_grid(nfe, order=2)))
-        judge("DPM-Solver++(2M)", nfe, lambda z, y: dpm_solver_2m(net, z, y, "linear", time_grid(nfe)))
+        judge("Heun", nfe - 1 + nfe % 2, lambda z, y: heun(net, z, y, time_grid(nfe, gap=gap, order=2)))
+        judge("DPM-Solver++(2M)", nfe, lambda z, y: dpm_solver_2m(net, z, y, "linear", time_grid(nfe, gap=gap)))
 
 
 def meanflow(model, options):
