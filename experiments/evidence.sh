@@ -33,7 +33,10 @@ for seed in "$@"; do
 
   python train.py --recipe mnist --data "$mnist" --seed "$seed" --out "runs/mnist-$seed"
   python train.py --recipe mnist-few --data "$mnist" --seed "$seed" --init_from "runs/mnist-$seed" --out "runs/mnist-few-$seed"
+  python train.py --recipe mnist-few --steps 1000 --data "$mnist" --seed "$seed" --init_from "runs/mnist-$seed" --out "runs/mnist-more-$seed"
   score mnist --ckpt "runs/mnist-$seed" --steps 40 --seed "$seed"
-  for steps in 1 2; do score mnist-few --ckpt "runs/mnist-few-$seed" --steps $steps --seed "$seed"; done
+  for run in mnist-few mnist-more; do
+    for steps in 1 2; do score $run --ckpt "runs/$run-$seed" --steps $steps --seed "$seed"; done
+  done
 done
 python experiments/report.py "$results"/*.jsonl
