@@ -162,8 +162,8 @@ MANY = dict(enhancement_ratio=0.5, enhancement_style="ft-vs-fe", beta=(2.0, 1.0,
 FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-vs-xz", enhance_range=(0.0, 1.0), huber=1.0, weight="none", beta=(0.8, 1.0, 1.0),
            eps=0.02, optimizer="radam", betas=(0.9, 0.999), lr=1e-3, warmup=20, ema=(0.99,), sample_steps=2, extrapolation=0.0, stochasticity=1.0, gap=(0.001, 0.5))
 RECIPES = {
-    "shapes":       {**SHAPES, **MANY, "steps": 5000},                                                          # FD-shapes 6.66 @20, N 4,000
-    "shapes-few":   {**SHAPES, **FEW, "steps": 500, "init_from": "runs/shapes"},                                # 11.2 @2
+    "shapes":       {**SHAPES, **MANY, "steps": 5000},                                                          # FD-shapes 5.87 @20, N 4,000
+    "shapes-few":   {**SHAPES, **FEW, "steps": 500, "init_from": "runs/shapes"},                                # 10.3 @2
     "shapes32":     {**SHAPES32, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "lr": 5e-3, "steps": 15000},   # FD-shapes 1.59 @40, N 10,000
     "shapes32-few": {**SHAPES32, **FEW, "steps": 440, "init_from": "runs/shapes32", "stochasticity": 0.0, "gap": (0.001, 0.6)},  # 1.67 @2
     "shapes32-one": {**SHAPES32, **FEW, "steps": 1500, "optimizer": "muon", "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1,
