@@ -280,6 +280,8 @@ def main(config):
         model = DistributedDataParallel(net, broadcast_buffers=False)
     compiled = config.compile == "yes" or config.compile == "auto" and device.type != "mps"
     if compiled:
+        torch.use_deterministic_algorithms(device.type == "cpu")         # else the threads of the compiled backward add up the classes' gradient in any order
+        torch.utils.deterministic.fill_uninitialized_memory = False      # a help in debugging only, which costs time
         model, model_teacher = torch.compile(model), teacher and torch.compile(teacher)
     model.num_classes = net.num_classes
 

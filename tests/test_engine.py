@@ -187,6 +187,16 @@ def test_any_deal_of_the_batch_trains_the_same_model(home, capsys, shard):
 
 
 @pytest.mark.slow
+def test_resume_is_exact_compiled_and_on_two_threads(tmp_path):
+    """As a user has it: the default network, bfloat16 where it is faster, torch.compile, whose backward has threads that add into one sum."""
+    common = "--dtype bfloat16 --decay 0 --save_every 30 --sample_every 1000 --held_out_every 1000".split()
+    for out, steps in (("whole", "60"), ("parts", "30"), ("parts", "60")):
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *common, "--steps", steps, "--out", out], cwd=tmp_path, check=True, capture_output=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=400)
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_resume_is_exact_on_two_processes(home, capsys, name):
     train("--steps", 3, "--out", "start", capsys=capsys)
