@@ -164,7 +164,7 @@ FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-v
 RECIPES = {
     "shapes":       {**SHAPES, **MANY, "steps": 5000},                                                          # FD-shapes 5.87 @20, N 4,000
     "shapes-few":   {**SHAPES, **FEW, "steps": 500, "init_from": "runs/shapes"},                                # 10.3 @2
-    "shapes32":     {**SHAPES32, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "lr": 5e-3, "steps": 15000},   # FD-shapes 1.59 @40, N 10,000
+    "shapes32":     {**SHAPES32, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "lr": 5e-3, "steps": 15000},   # FD-shapes 1.59 @40, N 10,000; with --steps 30000 1.15
     "shapes32-few": {**SHAPES32, **FEW, "steps": 440, "init_from": "runs/shapes32", "stochasticity": 0.0, "gap": (0.001, 0.6)},  # 1.67 @2
     "shapes32-one": {**SHAPES32, **FEW, "steps": 1500, "optimizer": "muon", "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1,
                      "stochasticity": 0.0, "gap": (0.001, 0.6)},                                                # 2.8 @1

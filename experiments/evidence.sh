@@ -23,6 +23,18 @@ for seed in "$@"; do
   tune shapes32-mid "$seed" --out "runs/mid-$seed"
   for steps in 2 4 8; do score mid --ckpt "runs/mid-$seed" --steps $steps --seed "$seed"; done
 
+  # the same run trained for twice as long: with 1,000 steps, 5.0 % of its compute, to two calls, with 5,000 to one
+  twice=runs/twice-$seed
+  [ -d "$twice" ] || cp -r "$many" "$twice"
+  python train.py --recipe shapes32 --steps 30000 --seed "$seed" --out "$twice"
+  score twice --ckpt "$twice" --steps 40 --seed "$seed"
+  score twice-sharp --ckpt "$twice" --steps 40 --extrapolation 0.7 --seed "$seed"
+  tune shapes32-few "$seed" --init_from "$twice" --steps 1000 --optimizer muon --ema 0.995 --out "runs/twice-few-$seed"
+  tune shapes32-one "$seed" --init_from "$twice" --steps 5000 --out "runs/twice-one-$seed"
+  for run in twice-few twice-one; do
+    for steps in 1 2; do score $run --ckpt "runs/$run-$seed" --steps $steps --seed "$seed"; done
+  done
+
   # peers, from the same model for the same seconds: consistency training without a teacher (ECT-like), MeanFlow, and other samplers
   tune shapes32-few "$seed" --enhancement_ratio 0 --enhancement_style none --steps 528 --out "runs/ect-$seed"
   for steps in 1 2; do score ect --ckpt "runs/ect-$seed" --steps $steps --seed "$seed"; done
