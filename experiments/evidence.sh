@@ -34,6 +34,7 @@ for seed in "$@"; do
   for run in twice-few twice-one; do
     for steps in 1 2; do score $run --ckpt "runs/$run-$seed" --steps $steps --seed "$seed"; done
   done
+  score twice-few --ckpt "runs/twice-few-$seed" --steps 4 --gap 0.001,0.3 --seed "$seed"
 
   # peers, from the same model for the same seconds: consistency training without a teacher (ECT-like), MeanFlow, and other samplers
   tune shapes32-few "$seed" --enhancement_ratio 0 --enhancement_style none --steps 528 --out "runs/ect-$seed"
