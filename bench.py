@@ -10,6 +10,7 @@ the difference quotient, and one (fc-vs-xz) or two (fc-vs-fe) for the teacher.
 """
 import copy
 import functools
+import itertools
 import statistics
 import sys
 import time
@@ -18,10 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from checkpoint import build
 from config import Config, fail, read_flags
 from data import Shapes
 from machine import autocast, pick_device, pick_dtype
-from model import MODELS
 from report import flops_per_image, forwards, peak_memory
 from sampler import sample
 from train import average, make_optimizer, update
@@ -51,26 +52,21 @@ TUNE = {"lambda 1, fc-vs-xz":       dict(consistency_ratio=1.0, enhancement_rati
 SAMPLE = {"sample, 1 step": (1, 1.0), "sample, 2 steps": (2, 1.0), "sample, 40 steps": (40, 1.0), "sample, 40 steps, guided": (40, 2.0)}
 
 
-def wait(device):
+def once(call, device):
+    """Seconds until the device has done what call() asks for."""
+    start = time.perf_counter()
+    call()
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+    return time.perf_counter() - start
 
 
 def timed(call, device, seconds):
     """Median seconds of call(), after three calls that compile and warm up; and the seconds until the first call was done."""
-    begun = time.perf_counter()
-    call()
-    wait(device)
-    first = time.perf_counter() - begun
-    for _ in range(2):
-        call()
-    wait(device)
-    times, begun = [], time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - begun < seconds:
-        start = time.perf_counter()
-        call()
-        wait(device)
-        times.append(time.perf_counter() - start)
+    first, _, _ = (once(call, device) for _ in range(3))
+    times = []
+    while len(times) < 3 or sum(times) < seconds:
+        times.append(once(call, device))
     return statistics.median(times), first
 
 
@@ -78,14 +74,7 @@ def product_rate(device, dtype):
     """flop/s of a large matrix product, the best of many."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(20):
-        wait(device)
-        start = time.perf_counter()
-        a @ b
-        wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return 2 * n**3 / min(once(lambda: a @ b, device) for _ in range(20))
 
 
 def train_step(config, net, batch, device, dtype, compiled):
@@ -156,47 +145,44 @@ def diffusers_net(net):
     return Peer()
 
 
-def rows(options, device, rates):
+def rows(options, device, rates, build_net):
     """(name, batch, dtype, compiled, call, forwards a picture) of every row of the table."""
-    build = lambda: MODELS[options.model](input_size=options.size, in_channels=options.channels, num_classes=options.classes,
-                                          **({"data_output": True} if options.data_output else {}))
-    nets = {"": build}
+    nets = {"": build_net}
     if options.baseline:
         for name, make in (("timm, ", timm_net), ("diffusers, ", diffusers_net)):
             try:
-                make(build())
-                nets[name] = lambda make=make: make(build())
+                make(build_net())
+                nets[name] = lambda make=make: make(build_net())
             except ImportError as error:
                 print(f"no baseline {name}{error.name} is not installed")
-    for batch in map(int, options.batches.split(",")):
-        for dtype in rates:
-            for compiled in (word == "yes" for word in options.compiles.split(",")):
-                for peer, make in nets.items():
-                    cases = {**(TRAIN if "train" in options.modes else {}), **(TUNE if "tune" in options.modes and not peer else {})}
-                    for name, words in cases.items():
-                        torch._dynamo.reset()
-                        torch.manual_seed(0)
-                        yield peer + name, batch, dtype, compiled, *train_step(Config(**words), make().to(device), batch, device, dtype, compiled)
-                    for name, (steps, cfg) in SAMPLE.items() if "sample" in options.modes and not peer else ():
-                        torch._dynamo.reset()
-                        yield name, batch, dtype, compiled, *sample_call(build().to(device).eval(), batch, steps, cfg, device, dtype, compiled)
+    for batch, dtype, word in itertools.product(map(int, options.batches.split(",")), rates, options.compiles.split(",")):
+        compiled = word == "yes"
+        for peer, make in nets.items():
+            cases = {**(TRAIN if "train" in options.modes else {}), **(TUNE if "tune" in options.modes and not peer else {})}
+            for name, words in cases.items():
+                torch._dynamo.reset()
+                torch.manual_seed(0)
+                yield peer + name, batch, dtype, compiled, *train_step(Config(**words), make().to(device), batch, device, dtype, compiled)
+            for name, (steps, cfg) in SAMPLE.items() if "sample" in options.modes and not peer else ():
+                torch._dynamo.reset()
+                yield name, batch, dtype, compiled, *sample_call(make().to(device).eval(), batch, steps, cfg, device, dtype, compiled)
 
 
 def main(options):
-    device = pick_device(options.device)
-    if options.model not in MODELS:
-        raise ValueError(f"unknown model {options.model!r}; see train.py -h")
+    device, config = pick_device(options.device), Config(model=options.model, data_output=options.data_output)
+    build_net = lambda: build(config, (options.channels, options.size, options.size), options.classes)
+    flops = flops_per_image(build_net())
     dtypes = [pick_dtype(name, device) for name in options.dtypes.split(",")]
     if options.baseline and torch.float32 not in dtypes:
         dtypes.append(torch.float32)
     rates = {dtype: product_rate(device, dtype) for dtype in dtypes}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    net = MODELS[options.model](input_size=options.size, in_channels=options.channels, num_classes=options.classes)
-    flops = flops_per_image(net)
     print(f"{name}, torch {torch.__version__}; {options.model} on {options.channels}x{options.size}x{options.size}: {flops / 1e9:.3f} GFLOP a picture forward; "
           f"matrix products {', '.join(f'{rate / 1e12:.3g} TFLOP/s in {str(dtype)[6:]}' for dtype, rate in rates.items())}")
     print("\n| what | batch | dtype | compiled | ms | images/s | TFLOP/s | of the limit | first call, s | memory, GiB |\n|---|---|---|---|---|---|---|---|---|---|")
-    for what, batch, dtype, compiled, call, units in rows(options, device, rates):
+    for what, batch, dtype, compiled, call, units in rows(options, device, rates, build_net):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         seconds, first = timed(call, device, options.seconds)
         speed = batch * units * flops / seconds
         print(f"| {what} | {batch} | {str(dtype)[6:]} | {'yes' if compiled else 'no'} | {seconds * 1e3:.1f} | {batch / seconds:.0f} | {speed / 1e12:.3g} "

@@ -38,7 +38,8 @@ def write_safely(path, write):
             handle = os.open(place, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-        os.replace(temporary, path)
+            if place == temporary:
+                os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -140,11 +141,15 @@ def read_tensors(file, device="cpu"):
                 return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}, {}
         with torch.serialization.safe_globals([argparse.Namespace]):                                 # REPA keeps its arguments beside the weights
             stored = torch.load(file, map_location=device, weights_only=True)
+        if not isinstance(stored, dict):
+            raise RuntimeError(f"it holds a {type(stored).__name__}, not tensors by name")
     except (safetensors.SafetensorError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{file} is not a file of weights that can be read safely ({str(error).strip().splitlines()[0]}); expected a "
                          "model.safetensors that train.py wrote, or a published checkpoint") from error
     more = {name: value for name, value in stored.items() if name not in ("model", "ema", "opt")} if "ema" in stored else {}
-    tensors = stored.get("ema", stored)
+    tensors = stored.get("ema") or stored.get("state_dict") or stored
+    if average := {name.removeprefix("ema_denoiser."): value for name, value in tensors.items() if name.startswith("ema_denoiser.")}:
+        tensors = average       # DDT's, from Lightning
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     if any(name.startswith("projectors.") for name in tensors):
         more["repa"] = True
@@ -255,13 +260,13 @@ def save_state(out, tensors, net, config, names, step, best):
             path.unlink()
 
 
-def newest_state(out, say=print):
+def newest_state(out):
     """The newest state file in a folder whose bytes have their checksum, or None. Damaged ones are said, and renamed."""
     for path in sorted(Path(out).glob("state_*.safetensors"), reverse=True):
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest()[:16] == path.name.split(".")[1]:
                 return path
-        say(f"{path} is damaged (its bytes do not have its checksum): using the one before, if there is one")
+        print(f"{path} is damaged (its bytes do not have its checksum): using the one before, if there is one")
         path.rename(path.with_suffix(".damaged"))
     return None
 
@@ -280,7 +285,11 @@ class State:
 
     @torch.no_grad()
     def restore(self, nets, optimizer):
-        """Put everything back, whole or sharded as the networks now are."""
+        """Put everything back, whole or sharded as the networks now are. ValueError if the run had another optimiser, or no such average."""
+        if lacking := [part for part in nets if not any(name.startswith(f"{part}.") for name in self.tensors)]:
+            raise ValueError(f"the run that is to go on has no {' or '.join(lacking)}: leave --ema and the enhancement as they were, or begin another --out")
+        if self.config.optimizer != (kind := type(optimizer).__name__.lower()):
+            raise ValueError(f"the run that is to go on has the state of {self.config.optimizer}, not of {kind}: begin another --out with --init_from this one")
         for part, net in nets.items():
             for name, value in net.state_dict().items():
                 value.copy_(like(self.tensors[f"{part}.{name}"], value))

@@ -25,7 +25,7 @@ class Config:
     allow_change: bool = False          # yes: resume although settings that change the result are other ones
     device: str = "auto"                # cuda, mps or cpu; auto: the first of these that is there
     dtype: str = "auto"                 # of the matrix products: bfloat16 or float32; auto: bfloat16 where it is faster
-    compile: str = "auto"               # torch.compile, yes or no; auto: yes unless the device is mps
+    compile: str = "auto"               # torch.compile, yes or no; auto: yes on a GPU, and on a CPU with a C++ compiler
     shard: bool = False                 # FSDP2 over the processes, for networks that do not fit one GPU
     grad_checkpoint: bool = False       # recompute activations in the backward pass: less memory, a third more time
     # -- data
@@ -106,6 +106,10 @@ class Config:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(allowed[:-1])} or {allowed[-1]}")
 
+        for f in dataclasses.fields(self):
+            if f.type is tuple and f.default and f.name != "ema" and len(getattr(self, f.name)) != len(f.default):
+                raise ValueError(f"{f.name} is {','.join(map(str, getattr(self, f.name)))}; it wants {len(f.default)} numbers, such as {','.join(map(str, f.default))}")
+
     def objective(self):
         """The loss that these settings mean: the long words of the command line, mapped to the letters of the method."""
         return Objective(self.transport, lam=self.consistency_ratio, zeta=self.enhancement_ratio, style=self.enhancement_style,
@@ -114,15 +118,13 @@ class Config:
 
     def sampler(self, **given):
         """Keyword arguments for sampler.sample; those given (long words, None: not given) win over the recipe's."""
-        word = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        word = {**word, "steps": self.sample_steps, **{k: v for k, v in given.items() if v is not None}}
-        return dict(transport=self.transport, steps=word["steps"], kappa=word["extrapolation"], rho=word["stochasticity"],
-                    order=word["order"], schedule=word["schedule"], gap=word["gap"],
-                    cfg_scale=word["cfg_scale"], cfg_interval=word["cfg_interval"])
+        word = dataclasses.replace(self, **{k.replace("steps", "sample_steps"): v for k, v in given.items() if v is not None})
+        return dict(transport=word.transport, steps=word.sample_steps, kappa=word.extrapolation, rho=word.stochasticity, order=word.order,
+                    schedule=word.schedule, gap=word.gap, cfg_scale=word.cfg_scale, cfg_interval=word.cfg_interval)
 
 
 # What may differ between a run and its continuation: where and how fast it runs, and what it tells. The rest decides the result.
-FREE = set("""out steps device compile workers micro_batch shard grad_checkpoint data_dir init_from fresh allow_change grace max_skipped log_every
+FREE = set("""out steps device compile workers micro_batch shard grad_checkpoint data_dir fresh allow_change grace max_skipped log_every
            sample_every held_out_every save_every keep keep_every tensorboard wandb push""".split())
 
 

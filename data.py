@@ -15,7 +15,9 @@
 A finite set is read in a new order each epoch. No state means: nothing to save, and workers and machines need not agree on anything.
 Run `python data.py` to see a page of shapes.
 """
+import contextlib
 import difflib
+import os
 import zipfile
 from pathlib import Path
 
@@ -183,6 +185,8 @@ def read_rgb(path):
     """An RGB Pillow image, transparency on white. ValueError names what it cannot read."""
     try:
         image = Image.open(path)
+        if image.mode.startswith("I;16"):       # Pillow would clip 16 bits, not scale them
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
@@ -213,8 +217,8 @@ def open_folder(path, size, seed):
 def stored_arrays(x, y, names, seed, mirror=False):
     """From x uint8 (N, H, W, C) or (N, H, W), y integers (N,)."""
     x, y = np.asarray(x), np.asarray(y)
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[1] != x.shape[2] or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
-        raise ValueError(f"expected x uint8 (N, S, S, C) or (N, S, S) and y integers (N,), found x {x.dtype} {x.shape}, y {y.dtype} {y.shape}")
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[1] != x.shape[2] or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
+        raise ValueError(f"expected x uint8 (N, S, S, C) or (N, S, S) and y integers (N,) from 0, found x {x.dtype} {x.shape}, y {y.dtype} {y.shape}")
     x = x[..., None] if x.ndim == 3 else x
     x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))                                                # (N, C, S, S)
     return Stored(pictures(lambda indices: x[indices]), y, x.shape[1:], names or [str(k) for k in range(int(y.max()) + 1)], seed, mirror)
@@ -231,10 +235,24 @@ def open_npz(path, seed):
     return stored_arrays(x, y, None, seed)
 
 
+@contextlib.contextmanager
+def one_at_a_time(root):
+    """The processes of torchrun that want the same download: the first makes it, the others then find it."""
+    Path(root).mkdir(parents=True, exist_ok=True)
+    if not os.access(root, os.W_OK):
+        yield
+        return
+    import fcntl
+    with open(Path(root) / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)            # let go when the file is closed
+        yield
+
+
 def open_torchvision(name, root, seed):
     import torchvision.datasets as sets
     try:
-        train = {"mnist": sets.MNIST, "cifar10": sets.CIFAR10}[name](root, train=True, download=True)
+        with one_at_a_time(root):
+            train = {"mnist": sets.MNIST, "cifar10": sets.CIFAR10}[name](root, train=True, download=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name} is not in {root} and could not be downloaded ({reason}): copy it there, or use --data npz:PATH") from error
@@ -243,12 +261,12 @@ def open_torchvision(name, root, seed):
 
 # ---- the one door -------------------------------------------------------------------------------------------------
 
-def open_dataset(name, size=None, seed=0, labels="all", root="data", vae=""):
+def open_dataset(name, size=None, seed=0, labels="all", root="data", vae="", mean=(), std=()):
     """The stream called `name`: see the table above. It has .shape (C, S, S), .names of the classes, and len() if it is finite.
 
     size: of the pictures, for shapes and folders (default 32); other sets have their own. labels: "all"; "none", or a class by
     name or number (only its pictures), and then names is empty and every y is 0. root: where downloads go. vae: the autoencoder of
-    latents, where their folder does not say. ValueError: what was found and what to type.
+    latents, where their folder does not say; mean, std: theirs by channel, if not the folder's. ValueError: what was found and what to type.
     """
     kind, _, path = name.partition(":")
     if kind == "shapes":
@@ -261,7 +279,7 @@ def open_dataset(name, size=None, seed=0, labels="all", root="data", vae=""):
         data = open_torchvision(kind, root, seed)
     elif kind == "latents":
         from latents import open_latents
-        data, size = open_latents(path, seed, vae), None
+        data, size = open_latents(path, seed, vae, mean, std), None
     else:
         near = difflib.get_close_matches(kind, ["shapes", "mnist", "cifar10", "folder:PATH", "npz:PATH", "latents:DIR"], cutoff=0)
         raise ValueError(f"unknown data {name!r}; nearest: {', '.join(near)}")

@@ -20,8 +20,8 @@ floor (as many other real pictures in place of the generated), the share named a
 (within-class variance of the features as a share of that of real pictures).
 """
 import hashlib
+import itertools
 import json
-import os
 import sys
 import time
 import zipfile
@@ -100,6 +100,8 @@ class Moments:
 
     @property
     def covariance(self):
+        if self.n < 2:
+            raise ValueError("one picture has no covariance: compare more of them")
         return self.scatter / (self.n - 1)
 
 
@@ -143,7 +145,7 @@ class Statistics:
     """What is kept of pictures: moments of each feature, sums for the Inception score, moments by class; all features if `keep`."""
 
     def __init__(self, keep=False):
-        self.moments, self.chunks, self.by_class, self.right, self.kept = {}, {}, {}, 0, {} if keep else None
+        self.moments, self.chunks, self.kept = {}, {}, {} if keep else None
 
     def add(self, first, out, y=None):
         """out: name -> (B, width) for pictures first, first + 1, ...; with "scores" (B, classes) unnormalised."""
@@ -159,14 +161,14 @@ class Statistics:
         if self.kept is not None:
             self.kept[first] = pool.float()
         if y is not None:
-            self.right += (scores.argmax(1) == y).sum().item()
+            self.moments.setdefault("right", Moments(1)).add((scores.argmax(1) == y)[:, None])
             for k in y.unique().tolist():
-                self.by_class.setdefault(k, Moments(pool.shape[1])).add(pool[y == k])
+                self.moments.setdefault(f"class {k}", Moments(pool.shape[1])).add(pool[y == k])
 
     def merge(self):
         """Make this the statistics of all processes together."""
         if not dist.is_initialized():
-            return self
+            return
         others = [None] * dist.get_world_size()
         dist.all_gather_object(others, (self.chunks, self.kept, {name: len(m.mean) for name, m in self.moments.items()}))
         for name, width in sorted({item for _, _, widths in others for item in widths.items()}):
@@ -174,7 +176,6 @@ class Statistics:
         self.chunks = {chunk: sum(c[chunk] for c, _, _ in others if chunk in c) for chunk in {k for c, _, _ in others for k in c}}
         if self.kept is not None:
             self.kept = {first: rows for _, kept, _ in others for first, rows in kept.items()}
-        return self
 
     @property
     def rows(self):
@@ -190,7 +191,10 @@ class Statistics:
 
     @property
     def spread(self):
-        return sum(m.covariance.trace().item() for m in self.by_class.values()) / len(self.by_class)
+        classes = [m for name, m in self.moments.items() if name.startswith("class ") and m.n > 1]
+        if not classes:
+            raise ValueError("no class has two pictures, which the variety within classes wants: raise --num")
+        return sum(m.covariance.trace().item() for m in classes) / len(classes)
 
 
 # ---- features -----------------------------------------------------------------------------------------------------
@@ -281,12 +285,13 @@ class SmallNet(nn.Module):
 class SmallFeatures:
     """The SmallNet in assets/ for a kind of picture, on uint8 pictures. ValueError says how to make it."""
 
-    def __init__(self, kind, shape, classes):
+    def __init__(self, kind, shape):
         path = ASSETS / f"features-{kind}{shape[-1]}.safetensors"
         if not path.is_file():
             raise ValueError(f"no {path.name} in assets/: python fid.py --train yes --data {kind} --image_size {shape[-1]} makes it")
-        self.net, self.hash = SmallNet(shape, classes), hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        self.net.load_state_dict({name: value.float() for name, value in safetensors.torch.load_file(path).items()})
+        tensors = {name: value.float() for name, value in safetensors.torch.load_file(path).items()}
+        self.net, self.hash = SmallNet(shape, len(tensors["head.bias"])), hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        self.net.load_state_dict(tensors)
         self.net.eval().requires_grad_(False)
 
     def __call__(self, pictures):
@@ -331,14 +336,11 @@ def stored_pictures(source, batch_size, rank=0, world=1):
         if not files:
             raise ValueError(f"no pictures in {path}: expected png, jpg or webp files there or in sub-folders")
         for first in deal(len(files), batch_size, rank, world):
-            batch = []
-            for k, file in enumerate(files[first:first + batch_size]):
-                picture = np.asarray(read_rgb(file))
-                if batch and picture.shape != batch[0].shape:
-                    yield first + k - len(batch), torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
-                    batch = []
-                batch.append(picture)
-            yield first + k + 1 - len(batch), torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+            pictures = (np.asarray(read_rgb(file)) for file in files[first:first + batch_size])
+            for _, same_size in itertools.groupby(pictures, key=np.shape):
+                batch = np.stack(list(same_size))
+                yield first, torch.from_numpy(batch).permute(0, 3, 1, 2)
+                first += len(batch)
         return
     if not path.is_file():
         raise ValueError(f"no pictures at {path}; expected folder:PATH, or a file .npz or .safetensors with uint8 pictures (N, H, W, C)")
@@ -390,7 +392,7 @@ def collect(batches, count, features, keep=False):
     bar = tqdm(total=count or None, unit="image", disable=rank > 0)
     for first, pictures, *y in batches:
         result.add(first, features(pictures), *y)
-        if not bar.n and count and (left := (time.perf_counter() - start) * (count / len(pictures) / world - 1)) > 1800:
+        if first == 0 and count and (left := (time.perf_counter() - start) * (count / len(pictures) / world - 1)) > 1800:
             bar.write(f"{count} pictures will take about {left / 3600:.1f} hours here; --num {int(count * 1800 / left)} takes half an hour")
         bar.update(len(pictures) * world)
     bar.close()
@@ -400,27 +402,29 @@ def collect(batches, count, features, keep=False):
     return result
 
 
-def drawn_pictures(model, seeds, options):
-    """(first, uint8 (B, C, S, S), y) of this process's batches of generated pictures."""
+def drawn_pictures(model, seeds, options, labelled=False):
+    """(first, uint8 (B, C, S, S)[, y]) of this process's batches of generated pictures."""
     for first, x, y in generate(model, seeds, options.batch_size, *place(), **options.given()):
         if not x.isfinite().all():
             raise ValueError(f"a picture of seeds {seeds[first]}..{seeds[first] + len(x) - 1} is not finite: the model has diverged, or wants --dtype float32")
-        yield first, eight_bit(x), y
+        yield first, eight_bit(x), *([y] if labelled else [])
 
 
 def stream_pictures(data, start, num, batch_size):
-    """(first, uint8 (B, C, S, S), y) of this process's batches of real pictures, from position `start` of the stream."""
+    """(first, uint8 (B, C, S, S)[, y]) of this process's batches of real pictures, from position `start` of the stream."""
     for first in deal(num, batch_size, *place()):
         x, y = data[start + np.arange(first, min(first + batch_size, num))]
-        yield first, eight_bit(x), y
+        yield first, eight_bit(x), *([y] if data.names else [])
 
 
 def compare(kind, metrics, fake, real, floor):
     """Name -> value."""
     a, b = fake.moments, real.moments
     if kind != "inception":
-        return {f"FD-{kind}": frechet(a["pool"], b["pool"]), "floor": frechet(floor.moments["pool"], b["pool"]),
-                "accuracy": fake.right / a["pool"].n, "variety": fake.spread / real.spread, "real_accuracy": real.right / b["pool"].n}
+        values = {f"FD-{kind}": frechet(a["pool"], b["pool"]), "floor": frechet(floor.moments["pool"], b["pool"])}
+        if "right" in a:
+            values |= {"accuracy": a["right"].mean.item(), "variety": fake.spread / real.spread, "real_accuracy": b["right"].mean.item()}
+        return values
     values = {}
     if "fid" in metrics:
         values["FID"] = frechet(a["pool"], b["pool"])
@@ -446,7 +450,8 @@ def evaluate(options):
     if not options.ref and (options.images or options.features == "inception"):
         raise ValueError("compare with what? give --ref, such as --ref in1k256_fid_ref.npz or --ref folder:real")
     source, num, keep = options.ref or options.data or model.config.data, options.num, bool({"kid", "pr"} & set(metrics))
-    kind = options.features or ("inception" if options.ref else "shapes" if source == "shapes" else "mnist" if source.startswith(("mnist", "npz:")) else None)
+    kind = options.features or ("inception" if options.ref else "shapes" if source == "shapes" else
+                                            "mnist" if source.startswith(("mnist", "npz:")) and model.shape == (1, 28, 28) else None)
     if kind != "inception" and not model:
         raise ValueError(f"features {kind} are for what a model draws: give --ckpt, or --features inception for pictures on disk")
     if kind is None:
@@ -462,12 +467,12 @@ def evaluate(options):
             real = collect(stored_pictures(options.ref, options.batch_size, *place()), 0, features, keep)
     else:
         data = open_dataset(source, model.shape[-1] if source == "shapes" else None, 1000, model.config.labels, options.data_dir)
-        features, num = SmallFeatures(kind, data.shape, len(model.names)), min(num, len(data) // 2) if hasattr(data, "__len__") else num
+        features, num = SmallFeatures(kind, data.shape), min(num, len(data) // 2) if hasattr(data, "__len__") else num
         real, floor = (collect(stream_pictures(data, start, num, options.batch_size), num, features) for start in (0, num))
     rows = []
     for seed in range(options.seed, options.seed + options.blocks):
         pictures = stored_pictures(options.images, options.batch_size, *place()) if options.images else \
-            drawn_pictures(model, range(seed * num, (seed + 1) * num), options)
+            drawn_pictures(model, range(seed * num, (seed + 1) * num), options, kind != "inception" and bool(model.names))
         fake = collect(pictures, 0 if options.images else num, features, keep)
         rows.append(compare(kind, metrics, fake, real, floor))
     n = fake.moments["pool"].n
@@ -492,17 +497,20 @@ def evaluate(options):
 
 def write_statistics(options):
     """Mean and covariance of real pictures, for --ref: as pytorch-fid and ADM name them."""
+    if not options.out.endswith(".npz"):
+        raise ValueError(f"out {options.out!r} must end in .npz, as --ref expects it")
     features = Inception(options.weights, options.resize).to(pick_device(options.device))
     moments = collect(stored_pictures(options.stats, options.batch_size, *place()), 0, features).moments
     made = {"n": moments["pool"].n, "source": options.stats, "resize": options.resize, "weights": features.hash}
     if place()[0] == 0:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         save_array(options.out, made=json.dumps(made), mu=moments["pool"].mean.numpy(), sigma=moments["pool"].covariance.numpy(),
                    mu_s=moments["spatial"].mean.numpy(), sigma_s=moments["spatial"].covariance.numpy())
     say(f"{options.out}: {json.dumps(made)}. Next: python fid.py --images folder:PATH --ref {options.out}")
 
 
 def main(options):
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if place()[1] > 1:
         dist.init_process_group("gloo")         # statistics travel on the CPU, in float64
     if options.train:
         kind = options.features or options.data.partition(":")[0] or "shapes"

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from checkpoint import hub_errors, write_safely
 from config import PUBLISHED, RECIPES, UCGM, fail, read_flags
 from data import Stored, noise_like_seed, read_rgb
-from machine import pick_device
+from machine import deal, pick_device, place
 
 
 class Kind(NamedTuple):
@@ -191,23 +191,18 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-class Pictures:
-    """File k as uint8 (3, S, S), or the reason (text) why it could not be read; for the reading processes of a DataLoader."""
-
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
-
-    def __getitem__(self, k):
-        try:
-            return k, np.ascontiguousarray(np.asarray(centre_crop(read_rgb(self.paths[k]), self.size)).transpose(2, 0, 1))
-        except ValueError as error:
-            return k, str(error)
+def read_cropped(path, size):
+    """uint8 (3, size, size), or the reason (text) why the file could not be read."""
+    try:
+        return np.asarray(centre_crop(read_rgb(path), size)).transpose(2, 0, 1)
+    except ValueError as error:
+        return str(error)
 
 
 def encode(options):
     """Encode a folder; what is there already is kept, so that the same command goes on after an interruption."""
     from torchvision.datasets import ImageFolder
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     kind, _, root = options.data.partition(":")
     if kind != "folder" or not Path(root).is_dir():
         raise ValueError(f"data {options.data!r} is not a folder of pictures; expected folder:PATH with PATH/cats/1.jpg, PATH/dogs/2.jpg, ...")
@@ -222,18 +217,17 @@ def encode(options):
     out.mkdir(parents=True, exist_ok=True)
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    firsts = range(0, len(paths), options.shard)
-    mine = [(out / f"latents_rank00_shard{k:03d}.safetensors", range(first, min(first + options.shard, len(paths))))
-            for k, first in enumerate(firsts) if k % world == rank]
+    mine = [(out / f"latents_rank00_shard{first // options.shard:03d}.safetensors", range(first, min(first + options.shard, len(paths))))
+            for first in deal(len(paths), options.shard, rank, world)]
     bar = tqdm(total=sum(len(rows) for _, rows in mine), unit="image", disable=rank > 0)
     unreadable = 0
     for path, rows in mine:
         if path.is_file():
-            if (before := shard_notes(path)["settings"]) != settings:
+            if (before := map_shard(path)[1]["settings"]) != settings:
                 raise ValueError(f"{path} was encoded with {before}, not {settings}: take another --out, or remove it")
             bar.update(len(rows))
             continue
-        tensors, bad = encode_shard(autoencoder, Pictures(paths, options.size), rows, options, device, bar)
+        tensors, bad = encode_shard(autoencoder, paths, rows, options, device, bar)
         unreadable += len(bad)
         if unreadable > options.max_unreadable:
             raise ValueError(f"{unreadable} pictures could not be read, the last: {bad[-1][1]}; remove them, or raise --max_unreadable")
@@ -252,9 +246,10 @@ def encode(options):
         dist.destroy_process_group()
 
 
-def encode_shard(autoencoder, pictures, rows, options, device, bar):
-    """({"latents", "latents_flip"}, [(number, why it could not be read)]) of pictures `rows`."""
-    loader = torch.utils.data.DataLoader(pictures, batch_size=options.batch_size, sampler=rows, num_workers=options.workers, collate_fn=list,
+def encode_shard(autoencoder, paths, rows, options, device, bar):
+    """({"latents", "latents_flip"}, [(number, why it could not be read)]) of pictures `rows` (a range)."""
+    loader = torch.utils.data.DataLoader(rows, batch_size=options.batch_size, num_workers=options.workers,
+                                         collate_fn=lambda numbers: [(k, read_cropped(paths[k], options.size)) for k in numbers],
                                          multiprocessing_context="fork" if options.workers else None)
     parts, bad = {"latents": [], "latents_flip": []}, []
     for batch in loader:
@@ -272,71 +267,52 @@ def encode_shard(autoencoder, pictures, rows, options, device, bar):
 
 def finish(out, settings, classes):
     """Statistics over all shards, and the manifest."""
-    shards, n, mean, square = {}, 0, 0.0, 0.0
+    shards, n, total, square = {}, 0, 0.0, 0.0
     for path in sorted(out.glob("latents_rank*_shard*.safetensors")):
-        notes, arrays = shard_notes(path), map_shard(path)
+        arrays, notes = map_shard(path)
         shards[path.name] = {"pictures": notes["pictures"], "unreadable": notes["unreadable"]}
         for name in ("latents", "latents_flip") if len(arrays["labels"]) else ():
-            rows = torch.from_numpy(np.array(arrays[name])).double().transpose(0, 1).flatten(1)      # (C, N h w)
-            part, gap = rows.mean(1), rows.mean(1) - mean
-            square = square + (rows - part[:, None]).square().sum(1) + gap.square() * (n * rows.shape[1] / (n + rows.shape[1]))
-            mean, n = mean + gap * (rows.shape[1] / (n + rows.shape[1])), n + rows.shape[1]
+            rows = torch.from_numpy(arrays[name]).double().transpose(0, 1).flatten(1)                # (C, N h w)
+            n, total, square = n + rows.shape[1], total + rows.sum(1), square + rows.square().sum(1)
     bad = [why for shard in shards.values() for _, why in shard["unreadable"]]
     if not n:
         raise ValueError(f"not one picture could be read, the first: {bad[0]}")
-    stats = {"mean": mean.float().view(1, -1, 1, 1), "std": (square / n).sqrt().float().view(1, -1, 1, 1)}
+    mean, std = total / n, (square / n - (total / n) ** 2).clamp_min(0).sqrt()
+    stats = {"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}
     write_safely(out / "latents_stats.pt", lambda file: torch.save(stats, file))
     write_safely(out / "manifest.json", lambda file: file.write_text(json.dumps({**settings, "classes": classes, "shards": shards}, indent=1)))
     for leftover in out.glob("*.tmp"):
         leftover.unlink()
     for why in bad:
         print(why)
-    total = sum(len(shard["pictures"]) for shard in shards.values())
-    print(f"{out}: {total} pictures encoded, {len(bad)} could not be read. Next: python train.py --recipe in{settings['size']}-sd --data latents:{out}, "
+    count = sum(len(shard["pictures"]) for shard in shards.values())
+    print(f"{out}: {count} pictures encoded, {len(bad)} could not be read. Next: python train.py --recipe in{settings['size']}-sd --data latents:{out}, "
           "or the recipe of this autoencoder")
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
 
-def shard_header(path):
-    """(header of a safetensors file as a dict, offset of its data). ValueError if it is not one."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(length)), 8 + length
-    except (OSError, ValueError, MemoryError, OverflowError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
-
-
-def shard_notes(path):
-    """What encode wrote beside the tensors of a shard: its settings, the pictures in it, those that could not be read."""
-    return json.loads(shard_header(path)[0]["__metadata__"]["notes"])
-
-
 def map_shard(path):
-    """Name -> numpy array of a safetensors file, mapped into memory and not read."""
-    head, offset = shard_header(path)
-    kinds, size, arrays = {"F32": np.float32, "F16": np.float16, "I64": np.int64}, os.path.getsize(path), {}
-    for name, entry in head.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in kinds or offset + entry["data_offsets"][1] > size:
-            raise ValueError(f"{path}: {name} is {entry['dtype']}, or the file is cut off; expected float32 latents and int64 labels, whole")
-        arrays[name] = np.memmap(path, kinds[entry["dtype"]], "r", offset + entry["data_offsets"][0], tuple(entry["shape"])) if np.prod(entry["shape"]) else \
-            np.zeros(entry["shape"], kinds[entry["dtype"]])
-    return arrays
+    """(name -> numpy array, mapped into memory and not read; what encode wrote beside them: settings, pictures, those that could not be
+    read) of a shard. ValueError if it is not one."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name).numpy() for name in file.keys()}, json.loads((file.metadata() or {}).get("notes", "{}"))
+    except (OSError, TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file of latents, or it is cut off ({error})") from error
 
 
-def open_latents(path, seed, vae=""):
+def open_latents(path, seed, vae="", mean=(), std=()):
     """The stream of an encoded folder, ours or a published one, as a data.Stored with .latent = (autoencoder, mean, std).
 
-    vae: which autoencoder, where the folder does not say. ValueError: no shards, shapes that differ, no statistics, no autoencoder.
+    vae: which autoencoder, where the folder does not say; mean, std: by channel, in place of the folder's statistics. ValueError: no
+    shards, shapes that differ, no statistics, no autoencoder, or not the one that made them.
     """
     root = Path(path)
     files = sorted(root.glob("*.safetensors"))
     if not files:
         raise ValueError(f"no latents in {path}: expected latents_rank00_shard000.safetensors, ... (python latents.py encode makes them)")
-    shards = [map_shard(file) for file in files]
+    shards = [map_shard(file)[0] for file in files]
     if not all({"latents", "latents_flip", "labels"} <= shard.keys() for shard in shards):
         raise ValueError(f"the files in {path} are not shards of latents, latents_flip and labels")
     shards = [shard for shard in shards if len(shard["labels"])]
@@ -344,11 +320,19 @@ def open_latents(path, seed, vae=""):
     if any(shard[name].shape != (len(shard["labels"]), *shape) for shard in shards for name in ("latents", "latents_flip")):
         raise ValueError(f"the shards in {path} differ in shape: they are of several encodings")
     manifest = json.loads((root / "manifest.json").read_text()) if (root / "manifest.json").is_file() else {}
-    vae = vae or manifest.get("vae", "")
+    made = manifest.get("vae", "")
+    if vae and made and vae.partition("=")[0] != made.partition("=")[0]:
+        raise ValueError(f"{path} was encoded by {made}, and the recipe or --vae says {vae}: take a recipe of that autoencoder, or encode anew")
+    vae = vae or made
     if not vae:
         raise ValueError(f"{path} does not say which autoencoder made it: give --vae, one of {', '.join(AUTOENCODERS)}")
-    stats = next(iter(root.glob("*stats*.pt")), None)
-    mean, std = (v.expand(1, shape[0], 1, 1) for v in normalisation(vae, torch.load(stats, weights_only=True) if stats else {}))
+    if mean or std:
+        if {len(mean), len(std)} != {shape[0]}:
+            raise ValueError(f"latent_mean has {len(mean)} numbers and latent_std {len(std)}: give one for each of the {shape[0]} channels to both, or leave both out")
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+    else:
+        stats = next(iter(root.glob("*stats*.pt")), None)
+        mean, std = (v.expand(1, shape[0], 1, 1) for v in normalisation(vae, torch.load(stats, weights_only=True) if stats else {}))
     starts, labels = np.cumsum([0] + [len(shard["labels"]) for shard in shards]), np.concatenate([shard["labels"] for shard in shards])
 
     def read(indices, flip):

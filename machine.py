@@ -1,6 +1,7 @@
 """Where to run: the device, the precision, and one process among several."""
 import os
-import time
+import shutil
+import timeit
 
 import torch
 import torch.distributed as dist
@@ -21,16 +22,17 @@ def pick_dtype(wanted, device):
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type != "cpu":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
     def seconds(dtype):
-        a, times = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(6):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        return min(times)
+        a = torch.ones(512, 512, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ a, number=1, repeat=6))
     return torch.bfloat16 if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32
+
+
+def can_compile(device):
+    """Whether torch.compile is of use here: not on mps, and on a CPU only with a C++ compiler."""
+    return device.type == "cuda" or device.type == "cpu" and bool(shutil.which(os.environ.get("CXX", "g++")))
 
 
 def autocast(device, dtype):
@@ -50,8 +52,8 @@ def join(device, rank, world):
 
 
 def place():
-    """(rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """(rank, number of processes), as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(*words):

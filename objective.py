@@ -58,57 +58,21 @@ class Transport(NamedTuple):
         return self.alpha(t) * self.gamma_hat(t) - self.gamma(t) * self.alpha_hat(t)
 
 
-def same(t):
-    return t
-
-
-def reverse(t):
-    return 1 - t
-
-
+same = lambda t: t
+reverse = lambda t: 1 - t
 zero, one = torch.zeros_like, torch.ones_like
-
-
-def minus_one(t):
-    return -one(t)
-
-
-def sin(t):
-    return torch.sin(HALF_PI * t)
-
-
-def cos(t):
-    return torch.cos(HALF_PI * t)
-
-
-def minus_sin(t):
-    return -sin(t)
-
-
-def random_gamma_hat(t):
-    return -1 - torch.exp(-5 * t)
-
+minus_one = lambda t: -one(t)
+sin = lambda t: torch.sin(HALF_PI * t)
+cos = lambda t: torch.cos(HALF_PI * t)
+minus_sin = lambda t: -sin(t)
+random_gamma_hat = lambda t: -1 - torch.exp(-5 * t)
 
 # EDM: its noise level s runs from 0.0017 to 78 as t runs from 0 to 1; sigma_data = 1/2.
-def edm_s(t):
-    return torch.exp(4 * (2.68 * t - 1.59))
-
-
-def edm_gamma(t):
-    return (edm_s(t) ** 2 + 0.25) ** -0.5
-
-
-def edm_alpha(t):
-    return edm_s(t) * edm_gamma(t)
-
-
-def edm_alpha_hat(t):
-    return -edm_gamma(t) / 2
-
-
-def edm_gamma_hat(t):
-    return 2 * edm_alpha(t)
-
+edm_s = lambda t: torch.exp(4 * (2.68 * t - 1.59))
+edm_gamma = lambda t: (edm_s(t) ** 2 + 0.25) ** -0.5
+edm_alpha = lambda t: edm_s(t) * edm_gamma(t)
+edm_alpha_hat = lambda t: -edm_gamma(t) / 2
+edm_gamma_hat = lambda t: 2 * edm_alpha(t)
 
 # DDPM: betas linear from 1e-4 to 0.02 in 1000 steps, log(abar) interpolated so that t is continuous; entry k is t = k/1000.
 LOG_ABAR = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumsum(0)])
@@ -121,17 +85,9 @@ def log_abar(t):
     return table[i] + (k - i) * (table[i + 1] - table[i])
 
 
-def ddpm_alpha(t):
-    return torch.sqrt(-torch.expm1(log_abar(t)))
-
-
-def ddpm_gamma(t):
-    return torch.exp(log_abar(t) / 2)
-
-
-def ddpm_clock(t):
-    return 1000 * t - 1
-
+ddpm_alpha = lambda t: torch.sqrt(-torch.expm1(log_abar(t)))
+ddpm_gamma = lambda t: torch.exp(log_abar(t) / 2)
+ddpm_clock = lambda t: 1000 * t - 1
 
 TRANSPORTS = {name: Transport(*row) for name, *row in (
     # name                 alpha       gamma       alpha_hat      gamma_hat         clock       sign
@@ -176,9 +132,6 @@ def predict(net, transport, x_t, t, y):
 
 # ---- the objective ------------------------------------------------------------------------------------------------
 
-STYLES = ("none", "ft-vs-fe", "fc-vs-fe", "fc-vs-xz")
-
-
 @dataclass(frozen=True)
 class Objective:
     """UCGM-T. Draw the randomness, then call: a loss per sample, (B,), to be averaged.
@@ -206,7 +159,7 @@ class Objective:
 
     def __post_init__(self):
         row = resolve(self.transport)
-        for name, value, allowed in (("style", self.style, STYLES), ("weight", self.weight, ("cosine", "none")),
+        for name, value, allowed in (("style", self.style, ("none", "ft-vs-fe", "fc-vs-fe", "fc-vs-xz")), ("weight", self.weight, ("cosine", "none")),
                                      ("derivative", self.derivative, ("fd", "jvp"))):
             if value not in allowed:
                 raise ValueError(f"unknown {name} {value!r}; one of: {', '.join(allowed)}")

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from checkpoint import survive_full_disk, write_safely
-from data import contact_sheet, noise_like_seed
-from sampler import sample
+from data import contact_sheet
+from sample import generate
 
 PEAK = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40": 181e12, "4090": 165e12}   # dense bfloat16 flop/s
 
@@ -75,15 +75,13 @@ def utilisation(net, objective, device, images_per_s):
     return {"memory_gib": round(peak_memory(device), 3), **share}
 
 
-def preview(net, drawing, device, autocast, decode=None):
+def preview(model):
     """A sheet of pictures from fixed noise, a column a class, drawn with the recipe's own sampler settings; of latents without
     decode, three channels."""
-    columns = min(max(1, net.num_classes), 10) if net.num_classes else 8
-    seeds, shape = range(8 * columns), (net.in_channels, net.input_size, net.input_size)
-    y = torch.arange(len(seeds), device=device) % columns if net.num_classes else torch.zeros(len(seeds), dtype=torch.int64, device=device)
-    with autocast:
-        x = sample(net, noise_like_seed(seeds, shape).to(device), y, **drawing, noise=lambda i: noise_like_seed(seeds, shape, i).to(device))
-    return contact_sheet(decode(x) if decode else x, columns)
+    columns = min(model.net.num_classes, 10) or 8
+    kinds = list(range(columns)) if model.net.num_classes else [0]
+    _, x, _ = next(generate(model, range(8 * columns), 8 * columns, kinds=kinds))
+    return contact_sheet(x, columns)
 
 
 def draw_curves(out, size=(900, 420)):

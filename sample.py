@@ -13,7 +13,6 @@ else is drawn with it.
 """
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -133,18 +132,24 @@ def write_npz(out, model, seeds, options, kinds, settings):
     if world > 1:
         dist.barrier()
     if rank == 0:
-        files = [np.load(part(first)) for first in deal(len(seeds), options.batch_size, 0, 1)]
-        save_array(out, arr_0=np.concatenate([file["x"] for file in files]), labels=np.concatenate([file["y"] for file in files]), seeds=np.array(seeds))
+        x, y = None, np.empty(len(seeds), np.int64)
+        for first in deal(len(seeds), options.batch_size, 0, 1):
+            with np.load(part(first)) as file:
+                x = np.empty((len(seeds), *file["x"].shape[1:]), np.uint8) if x is None else x
+                x[first:first + options.batch_size], y[first:first + options.batch_size] = file["x"], file["y"]
+        save_array(out, arr_0=x, labels=y, seeds=np.array(seeds))
         for file in parts.iterdir():
             file.unlink()
         parts.rmdir()
 
 
 def main(options):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     suffix = Path(options.out).suffix.lower()
     if suffix not in (".png", ".jpg", ".webp", ".npz"):
         raise ValueError(f"out {options.out!r} must end in .png, .jpg or .webp (a page to look at) or .npz (all pictures)")
+    if options.trajectory and suffix == ".npz":
+        raise ValueError(f"a trajectory is a page to look at, and {options.out} is an array: use --out samples.png")
     if world > 1 and suffix != ".npz":
         raise ValueError(f"several processes draw many pictures, and {options.out} is one page: use --out samples.npz")
     if options.batch_size < 1:
@@ -155,7 +160,7 @@ def main(options):
     names, settings, seeds = model.names, model.config.sampler(**options.given()), read_seeds(options.seeds, options.num)
     if options.classes and not names:
         raise ValueError(f"{path} was trained without classes: leave --classes out")
-    kinds = [class_number(word, names) for word in options.classes.split(",")] if options.classes else list(range(max(1, len(names))))
+    kinds = [class_number(word, names) for word in options.classes.split(",")] if options.classes else None
     times = time_grid(settings["steps"], settings["schedule"], settings["gap"], settings["order"])
     nfe = count_nfe(times, settings["transport"], settings["order"], settings["cfg_scale"], settings["cfg_interval"])
     if world > 1:
@@ -172,7 +177,7 @@ def main(options):
             pictures.append(x)
             bar.update(len(x))
         bar.close()
-        columns = len(kinds) if 4 <= len(kinds) <= 12 else 8
+        columns = len(kinds or names) if 4 <= len(kinds or names) <= 12 else 8
         if options.trajectory:      # the raw predictions came step by step, batch after batch
             columns = len(seen) // len(pictures)
             strips = [torch.stack(seen[k * columns:(k + 1) * columns], 1).flatten(0, 1) for k in range(len(pictures))]

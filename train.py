@@ -15,7 +15,9 @@ import datetime
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -31,9 +33,10 @@ from checkpoint import State, build, load_model, newest_state, push, save_model,
 from config import RECIPES, differences, fail, read_config
 from data import key, open_dataset
 from latents import Autoencoder
-from machine import autocast, join, pick_device, pick_dtype
+from machine import autocast, can_compile, join, pick_device, pick_dtype, place, say
 from objective import resolve
 from report import Log, draw_curves, preview, utilisation
+from sample import Model
 from sampler import check, time_grid
 
 BLOCK = 16      # pictures whose randomness is drawn together; the batch is dealt out in blocks, so that its contents do not depend on the deal
@@ -128,16 +131,11 @@ def learning_rate(config, step):
     return config.lr * up * (1 if config.decay == 0 or left >= 1 else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
-def local(net):
-    """The parameters, of a sharded network this process's part of each."""
-    return [p.to_local() if hasattr(p, "to_local") else p for p in net.parameters()]
-
-
 @torch.no_grad()
 def average(ema, net, decay, step):
     """Exponential moving average of the weights; the decay grows with the steps, so that early weights are forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(local(ema), local(net), 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
 def update(optimizer, finite):
@@ -165,7 +163,8 @@ def held_out_loss(objective, net, teacher, x, y):
 class Requests:
     """Signals, as flags that all processes agree on once a step: SIGTERM and SIGINT to stop, SIGUSR1 to save.
 
-    After a request to stop the process has `grace` seconds: if a peer is lost, the step that it waits for never ends.
+    After a request to stop the process has `grace` seconds: if a peer is lost, the step that it waits for never ends. A thread counts
+    them, since Python runs no handler while the main thread is inside such a step.
     """
 
     def __init__(self, group, grace):
@@ -173,28 +172,42 @@ class Requests:
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self.stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        self.before |= {signal.SIGUSR1: signal.signal(signal.SIGUSR1, self.save), signal.SIGALRM: signal.signal(signal.SIGALRM, self.give_up)}
+        self.before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self.save)
+        self.heard, self.told = socket.socketpair()
+        self.told.setblocking(False)
+        signal.set_wakeup_fd(self.told.fileno())    # every signal that has a handler is also written there, at once
+        threading.Thread(target=self.watch, daemon=True).start()
         return self
 
     def __exit__(self, *error):
-        signal.alarm(0)
+        signal.set_wakeup_fd(-1)
+        self.told.close()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def stop(self, number, frame):
-        if not self.flags[0]:
-            self.asked = time.monotonic()
-            signal.alarm(self.grace)
-        elif time.monotonic() - self.asked > 5:     # a terminal and torchrun both pass Ctrl-C on: two at once are one
-            self.give_up(number, frame)
         self.flags[0] = number
 
     def save(self, number, frame):
         self.flags[1] = 1
 
-    def give_up(self, number, frame):
-        os.write(2, b"\nstopped without saving: the same command resumes from the last checkpoint\n")
-        os._exit(1)
+    def watch(self):
+        """Leave, without saving, when the grace is over or somebody asks a second time."""
+        asked = None
+        while True:
+            self.heard.settimeout(None if asked is None else max(0.01, asked + self.grace - time.monotonic()))
+            try:
+                number = self.heard.recv(1)
+                again = asked and time.monotonic() - asked > 5      # a terminal and torchrun both pass Ctrl-C on: two at once are one
+            except TimeoutError:
+                number, again = b"\x0f", True
+            if not number:                                          # the run is over
+                return
+            if number[0] in (signal.SIGTERM, signal.SIGINT):
+                if again:
+                    os.write(2, b"\nstopped without saving: the same command resumes from the last checkpoint\n")
+                    os._exit(1)
+                asked = asked or time.monotonic()
 
     def agree(self):
         """(signal number to stop for or 0, whether to save): the same answer in every process."""
@@ -207,22 +220,23 @@ class Requests:
 # ---- the run ------------------------------------------------------------------------------------------------------
 
 def main(config):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     device, out = pick_device(config.device), Path(config.out)
-    dtype = pick_dtype(config.dtype, device)
-    config.dtype = str(dtype)[6:]
     accumulate = split_batch(config, world)
     objective = config.objective()
-    data = open_dataset(config.data, config.image_size or None, config.seed, config.labels, config.data_dir, config.vae)
-    if config.data.startswith("latents:") and not config.latent_mean:
+    data = open_dataset(config.data, config.image_size or None, config.seed, config.labels, config.data_dir, config.vae, config.latent_mean, config.latent_std)
+    if config.data.startswith("latents:"):
         config.vae, config.latent_mean, config.latent_std = data.latent
+    elif config.vae:
+        raise ValueError(f"{config.recipe} is for latents of {config.vae}, found data {config.data}: give --data latents:DIR (python latents.py encode makes one)")
+    if config.shard and "RANK" not in os.environ:
+        raise ValueError("shard deals the network out to the processes of torchrun: torchrun --nproc_per_node=N train.py --shard yes ...")
     held_out = data.hold_out(config.held_out)
     if hasattr(data, "__len__") and len(data) < config.batch_size:
         raise ValueError(f"{config.data} has {len(data)} pictures to train on, fewer than one batch of {config.batch_size}: add pictures, or lower --batch_size")
     drawing = config.sampler()
     check(resolve(config.transport), time_grid(*(drawing[name] for name in ("steps", "schedule", "gap", "order"))),
           drawing["kappa"], drawing["rho"], drawing["order"], drawing["cfg_scale"], len(data.names))
-    say = print if rank == 0 else lambda *words, **how: None
 
     # Processes. The control group is on the CPU whatever the device: flags travel there without waiting for the GPU.
     control = None
@@ -231,12 +245,15 @@ def main(config):
         control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30))
 
     # Where the run stands: process 0 looks, the others follow.
-    if rank == 0 and config.fresh:
+    if rank == 0 and config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":      # torchrun restarts the same command
         set_aside(out)
-    found = [newest_state(out, say) if rank == 0 else None]
+    found = [newest_state(out), pick_dtype(config.dtype, device)] if rank == 0 else [None, None]
     if world > 1:
         dist.broadcast_object_list(found, group=control)
-    state = State(found[0]) if found[0] else None
+    state, dtype = State(found[0]) if found[0] else None, found[1]
+    if state and config.dtype == "auto":
+        dtype = getattr(torch, state.config.dtype)
+    config.dtype = str(dtype)[6:]
 
     # The network, its averages, and its teacher.
     torch.manual_seed(config.seed)
@@ -272,13 +289,15 @@ def main(config):
     first, best = 0, math.inf
     if state:
         first, best = state.step, state.best
+        if first > config.steps:
+            raise ValueError(f"{out} is already at step {first}: give --steps {first} or more, or --fresh yes to start over")
         state.restore(nets, optimizer)
 
     # What the loop calls: wrapped for several processes, and compiled.
     model, model_teacher = net, teacher
     if world > 1 and not config.shard:
         model = DistributedDataParallel(net, broadcast_buffers=False)
-    compiled = config.compile == "yes" or config.compile == "auto" and device.type != "mps"
+    compiled = config.compile == "yes" or config.compile == "auto" and can_compile(device)
     if compiled:
         torch.use_deterministic_algorithms(device.type == "cpu")         # else the threads of the compiled backward add up the classes' gradient in any order
         torch.utils.deterministic.fill_uninitialized_memory = False      # a help in debugging only, which costs time
@@ -288,7 +307,8 @@ def main(config):
     # The data: a stream of positions, read by worker processes where that helps.
     workers = config.workers if config.workers >= 0 else 4 if device.type == "cuda" else 0
     loader = iter(torch.utils.data.DataLoader(data, batch_size=None, sampler=positions(config, first, world, accumulate, rank), num_workers=workers,
-                                              pin_memory=device.type == "cuda", multiprocessing_context="fork" if workers else None))
+                                              pin_memory=device.type == "cuda", multiprocessing_context="fork" if workers else None,
+                                              worker_init_fn=lambda k: os.setpgid(0, 0)))            # a signal to the group is this process's affair
     generator = torch.Generator(device="cpu" if device.type == "mps" else device)
     held_out = [v.to(device) for v in held_out]
 
@@ -328,7 +348,7 @@ def main(config):
                         with survive_full_disk("the best model", bar.write):
                             save_model(out / "best.safetensors", tensors, net, config, data.names)
             if begun and (step % config.sample_every == 0 or last) and (rank == 0 or config.shard):
-                page = preview(emas[0], drawing, device, autocast(device, dtype), decode)
+                page = preview(Model(emas[0], config, data.names, device, dtype, decode))
                 if rank == 0:
                     with survive_full_disk("the pictures", bar.write):
                         write_safely(out / f"grid_{step:07d}.png", lambda path: page.save(path, "PNG"))
@@ -417,7 +437,7 @@ if __name__ == "__main__":
     except ValueError as error:
         fail(error)
     except Exception:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if place()[1] == 1:
             raise
         traceback.print_exc()       # a peer is lost: leave at once, without the goodbye that would wait for it; torchrun restarts all
         os._exit(1)

@@ -62,8 +62,10 @@ def test_ddt_gives_the_golden_output(tmp_path, monkeypatch):
     monkeypatch.setitem(model.SIZES, "golden3", dict(depth=3, hidden_size=48, num_heads=4))
     monkeypatch.setitem(model.ENCODER, "golden3", 2)
     monkeypatch.setitem(RECIPES, "ddt", {**RECIPES["ddt"], "model": "DDT-golden3/2", "image_size": 64})
-    torch.save({"ema": load_file(GOLDEN / "ddt.safetensors"), "model": {}, "opt": {}}, tmp_path / "ddt.pt")
-    net, config, _ = load_model(tmp_path / "ddt.pt", recipe="ddt")
+    weights = load_file(GOLDEN / "ddt.safetensors")
+    torch.save({"state_dict": {f"{part}{name}": value * (part == "ema_denoiser.") for part in ("denoiser.", "ema_denoiser.") for name, value in weights.items()}},
+               tmp_path / "ddt.ckpt")      # Lightning's, as published
+    net, config, _ = load_model(tmp_path / "ddt.ckpt", recipe="ddt")
     assert config.transport == "relinear"
     with torch.no_grad():
         assert_close(net(*(torch.from_numpy(numbers[name]) for name in ("x", "t", "y"))), torch.from_numpy(numbers["ddt_out"]), rtol=0, atol=1e-6)

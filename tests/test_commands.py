@@ -117,6 +117,12 @@ def test_picture_k_depends_on_seed_k_alone(trained, capsys):
                    "--out", "s.png", *extra.split(), capsys=capsys)[0] == 0
         sheets.append(np.asarray(Image.open("s.png")).astype(int))
     assert abs(sheets[0] - sheets[1]).max() <= 1 and abs(sheets[0] - sheets[2]).max() <= 1
+    drawn = []
+    for extra in ("--num 8", "--seeds 5,3"):        # the class too, and in arrays
+        assert run("sample.py", "--ckpt", folder, "--steps", 3, "--dtype", "float32", "--batch_size", 3, "--out", "s.npz", *extra.split(), capsys=capsys)[0] == 0
+        drawn.append(np.load("s.npz"))
+    assert drawn[1]["labels"].tolist() == [5, 3] and drawn[0]["labels"].tolist() == list(range(8)) and drawn[0]["arr_0"].shape[0] == 8
+    assert abs(drawn[0]["arr_0"][[5, 3]].astype(int) - drawn[1]["arr_0"]).max() <= 1
 
 
 def test_the_shipped_model_draws(home, capsys):
@@ -131,6 +137,7 @@ def test_the_shipped_model_draws(home, capsys):
 def damaged_checkpoints(home):
     save_file({"a": torch.zeros(3)}, home / "foreign.safetensors")
     (home / "text.safetensors").write_text("not a model")
+    torch.save([torch.zeros(3)], home / "list.pt")
     (home / "pictures/a").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(home / "pictures/a/1.png")
     (home / "empty").mkdir()
@@ -158,7 +165,8 @@ def damaged_checkpoints(home):
     ("train.py", "--transport trigflow", "data_output is for transport linear"),
     ("train.py", "--recipe shapes-few --init_from foreign.safetensors", "it lacks x_embedder.proj.weight"),
     ("train.py", "--optimizer sgd", "use adamw, radam or muon"), ("train.py", "--optimizer muon --shard yes", "leave out --shard yes"),
-    ("train.py", "--device gpu", "this machine has"),
+    ("train.py", "--device gpu", "this machine has"), ("train.py", "--shard yes", "torchrun --nproc_per_node=N train.py"),
+    ("train.py", "--recipe in256-sd", "give --data latents:DIR"), ("train.py", "--gap 0.5", "it wants 2 numbers, such as"),
     ("train.py", "--labels square,star", "no class"),
     ("train.py", "--extrapolation auto --stochasticity 1", "number instead"),
     ("sample.py", "--ckpt nowhere", "no model at nowhere"),
@@ -168,7 +176,8 @@ def damaged_checkpoints(home):
     ("sample.py", "--classes hart", "heart"),
     ("sample.py", "--seeds 5-x", "expected such as 0-63"),
     ("sample.py", "--num 0", "no seeds"),
-    ("sample.py", "--out picture.txt", "must end in"),
+    ("sample.py", "--out picture.txt", "must end in"), ("sample.py", "--out s.npz --trajectory yes", "use --out samples.png"),
+    ("sample.py", "--cfg_interval 0.5", "it wants 2 numbers"), ("sample.py", "--ckpt list.pt", "it holds a list"),
     ("sample.py", "--kappa 1", "unknown flag --kappa"),
     ("sample.py", "--order 3", "either 1 or 2"),
 ])

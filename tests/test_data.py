@@ -112,6 +112,9 @@ def test_pictures_of_every_kind_become_rgb(tmp_path):
         (Image.new(mode, size, 255) if mode == "L" else Image.new(mode, size)).save(path)
         x = read_picture(path, 16)
         assert x.shape == (3, 16, 16) and x.dtype == np.uint8 and (expected is None or (x == expected).all())     # transparent is white
+    ramp = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")       # 16 bits: scaled, not clipped
+    assert (read_picture(tmp_path / "deep.png", 256) == (ramp >> 8)).all()
 
 
 def stand_in_mnist(root):

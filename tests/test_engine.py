@@ -99,6 +99,17 @@ def test_other_settings_are_refused_by_name(home, capsys):
     assert "resumed" in train("--steps", 8, "--seed", 3, "--allow_change", "yes", "--log_every", 2, "--micro_batch", 16, capsys=capsys)
 
 
+def test_what_a_state_cannot_give_is_said(home, capsys):
+    train("--steps", 4, capsys=capsys)
+    for flags, words in ((("--ema", 0.9), "has no ema0.9"), (("--optimizer", "muon"), "has the state of adamw, not of muon")):
+        status, _, err = run("train.py", *TINY, "--steps", 8, "--allow_change", "yes", *flags, capsys=capsys)
+        assert status == 2 and words in err and len(err.strip().splitlines()) == 1
+    status, _, err = run("train.py", *TINY, "--steps", 2, capsys=capsys)
+    assert status == 2 and "already at step 4" in err
+    status, _, err = run("train.py", *TINY, "--steps", 8, "--init_from", "elsewhere", capsys=capsys)
+    assert status == 2 and "init_from:  -> elsewhere" in err
+
+
 def test_kept_checkpoints(home, capsys):
     train("--steps", 60, "--keep", 2, "--keep_every", 30, capsys=capsys)
     assert [int(p.name[6:14]) for p in states("runs/shapes")] == [30, 50, 60]
@@ -274,10 +285,10 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
 
 # ---- the fault harness --------------------------------------------------------------------------------------------
 
-def launch(out, steps, seconds):
-    """train.py in a process of its own, on a disk that takes `seconds` to flush."""
-    command = [sys.executable, str(ROOT / "tests/faulty.py"), "marker", str(seconds), *TINY, "--steps", str(steps), "--out", out]
-    return subprocess.Popen(command, stdout=open("out.txt", "a"), stderr=subprocess.STDOUT)
+def launch(out, steps, seconds, *more):
+    """train.py in a process, and a group of processes, of its own, on a disk that takes `seconds` to flush."""
+    command = [sys.executable, str(ROOT / "tests/faulty.py"), "marker", str(seconds), *TINY, "--steps", str(steps), "--out", out, *more]
+    return subprocess.Popen(command, stdout=open("out.txt", "a"), stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def wait_until(condition, process=None, limit=100):
@@ -322,14 +333,15 @@ def test_kill_9_at_twenty_moments(home, capsys):
 
 @pytest.mark.slow
 def test_sigterm_five_times(home, capsys):
+    """To the whole group, as torchrun, SLURM and a terminal send it: the processes that read data must not die of it."""
     for k, number in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM)):
         before = len(Path("out.txt").read_text()) if Path("out.txt").exists() else 0
-        process = launch("asked", 100000, 0)
+        process = launch("asked", 100000, 0, "--workers", "2")
         wait_until(lambda: "batch 64 =" in Path("out.txt").read_text()[before:], process)
         time.sleep(0.3 + 0.2 * k)
         process.send_signal(signal.SIGUSR1)
         time.sleep(0.2)
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         assert process.wait(timeout=60) == 0
         assert f"stopped by {number.name}" in Path("out.txt").read_text()[before:]
     reached = int(states("asked")[-1].name[6:14])
@@ -339,13 +351,31 @@ def test_sigterm_five_times(home, capsys):
     same("straight", "asked")
 
 
+STUCK = """
+import ctypes, os, signal, threading
+from train import Requests
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with Requests(None, 1):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)      # waits for ever and runs no handler, as does a collective whose peer is gone
+"""
+
+
+def test_a_stuck_process_leaves_when_its_grace_is_over(home):
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", STUCK], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "stopped without saving" in done.stderr and time.monotonic() - start < 50
+
+
 @pytest.mark.slow
 def test_a_lost_process_is_restarted_by_torchrun(home, capsys):
+    """And goes on, though the command says --fresh: that was for the first start."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2", f"--master_port={port}",
-               str(ROOT / "train.py"), *TINY, "--steps", "400", "--out", "lost"]
+               str(ROOT / "train.py"), *TINY, "--steps", "400", "--out", "lost", "--fresh", "yes"]
     agent = subprocess.Popen(command, stdout=open("out.txt", "w"), stderr=subprocess.STDOUT)
     wait_until(lambda: len(states("lost")) > 0, agent)
     children = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_commands import run
 from torch.testing import assert_close
 
 import fid
@@ -236,10 +237,11 @@ rows = torch.randn(1000, 9, generator=torch.Generator().manual_seed(0), dtype=to
 s = Statistics(keep=True)
 for first in deal(1000, 64, *place()):
     part = rows[first:first + 64]
-    s.add(first, {"pool": part, "scores": part / 50})
+    s.add(first, {"pool": part, "scores": part / 50}, torch.arange(first, first + len(part)) // 70 % 9)
 s.merge()
 if place()[0] == 0:
-    torch.save([s.moments["pool"].n, s.moments["pool"].mean, s.moments["pool"].covariance, torch.tensor(s.inception_score), s.rows], sys.argv[1])
+    torch.save([s.moments["pool"].n, s.moments["right"].mean, s.moments["pool"].mean, s.moments["pool"].covariance, torch.tensor(s.inception_score), s.rows,
+                torch.tensor(s.spread, dtype=torch.float64)], sys.argv[1])
 if dist.is_initialized():
     dist.barrier()
     dist.destroy_process_group()
@@ -258,8 +260,19 @@ def test_any_number_of_processes_gives_the_same_statistics(tmp_path):
         found.append(torch.load(out))
     for other in found[1:]:
         assert other[0] == found[0][0] == 1000
-        for a, b in zip(other[1:], found[0][1:]):
+        assert other[1] == found[0][1] > 0, "pictures named right"
+        for a, b in zip(other[2:], found[0][2:]):
             assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_model_without_classes_is_scored_without_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("train.py", "--labels", "none", "--enhancement_ratio", 0, "--enhancement_style", "none", "--steps", 2, "--image_size", 32, "--compile", "no",
+               "--out", "plain", capsys=capsys)[0] == 0
+    line = fid.evaluate(Options(ckpt="plain", num=20, steps=1))
+    assert line["FD-shapes"] > line["floor"] > 0 and "accuracy" not in line
+    with pytest.raises(ValueError, match="raise --num"):
+        fid.evaluate(Options(ckpt=str(ROOT / "assets/shapes-few.safetensors"), num=8, steps=1))
 
 
 def test_the_line_says_what_decides_the_number(tmp_path, weights, capsys):

@@ -159,6 +159,16 @@ def test_published_shards_are_read(tmp_path):
     values = torch.cat([torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(3)]) * 0.18215
     assert all(any(torch.allclose(row, v) or torch.allclose(row, v.flip(-1)) for v in values) for row in data[np.arange(30)][0])
     assert open_dataset(f"latents:{folder}", vae="vavae").latent[2] == (1.0,) * 4
+    data = open_dataset(f"latents:{folder}", vae="vavae", mean=(1.0,) * 4, std=(2.0,) * 4)       # one's own statistics reach the data
+    assert data.latent == ("vavae", (1.0,) * 4, (2.0,) * 4)
+    assert_close(data[np.arange(30)][0], (open_dataset(f"latents:{folder}", vae="vavae")[np.arange(30)][0] - 1) / 2)
+    for wrong in (dict(mean=(1.0,) * 4), dict(mean=(1.0,) * 3, std=(1.0,) * 3)):
+        with pytest.raises(ValueError, match="for each of the 4 channels"):
+            open_dataset(f"latents:{folder}", vae="vavae", **wrong)
+    (folder / "manifest.json").write_text('{"vae": "sd-ema=somewhere"}')
+    with pytest.raises(ValueError, match="was encoded by sd-ema"):
+        open_dataset(f"latents:{folder}", vae="vavae")
+    (folder / "manifest.json").unlink()
     (folder / "latents_stats.pt").unlink()
     for make, words in ((lambda: None, "statistics"), (lambda: safetensors.torch.save_file({"x": torch.zeros(1)}, folder / "a.safetensors"), "not shards of"),
                         (lambda: (folder / "a.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not json at all!"), "not a readable"),

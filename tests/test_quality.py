@@ -50,9 +50,9 @@ def test_the_features_know_real_shapes():
         assert float(file.metadata()["accuracy"]) >= 0.99 and int(file.metadata()["held_out"]) >= 1000
     from data import Shapes
     x, y = Shapes(32, seed=77)[torch.arange(500).numpy()]
-    assert (SmallFeatures("shapes", (3, 32, 32), 8)(eight_bit(x))["scores"].argmax(1) == y).float().mean() >= 0.99
+    assert (SmallFeatures("shapes", (3, 32, 32))(eight_bit(x))["scores"].argmax(1) == y).float().mean() >= 0.99
     with pytest.raises(ValueError, match="--train yes --data shapes --image_size 48"):
-        SmallFeatures("shapes", (3, 48, 48), 8)
+        SmallFeatures("shapes", (3, 48, 48))
 
 
 def test_the_shipped_two_step_model():
