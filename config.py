@@ -93,6 +93,8 @@ class Config:
         for name in ("steps", "batch_size", "log_every", "sample_every", "held_out_every", "save_every", "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if min(self.seed, self.held_out) < 0:
+            raise ValueError(f"seed {self.seed} and held_out {self.held_out} must be at least 0")
         for name, value in (*(("ema", value) for value in self.ema), ("teacher_ema", self.teacher_ema), ("decay", self.decay)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; it must lie in 0..1")

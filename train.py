@@ -397,10 +397,10 @@ def main(config):
                 total, seconds = by_t.sum(0).tolist(), time.perf_counter() - clock
                 lost, row, bad_t = skipped.tolist()
                 if lost:
-                    where = [None] * world
+                    where = [(rank, bad_t)] * world
                     if world > 1:
                         dist.all_gather_object(where, (rank, bad_t), group=control)
-                    culprit = f"t = {bad_t:.3f} on process {rank}" if world == 1 else ", ".join(f"t = {v:.3f} on process {r}" for r, v in where if v)
+                    culprit = ", ".join(f"t = {v:.3f} on process {r}" for r, v in where if v)
                     bar.write(f"step {step + 1}: {int(lost)} steps skipped, loss or gradient not finite{f' (last seen at {culprit})' if culprit else ''}") if rank == 0 else None
                     if row >= config.max_skipped:
                         raise ValueError(f"{int(row)} steps in a row were not finite, up to step {step + 1}: the weights are those before them, and the last "

@@ -147,7 +147,7 @@ def damaged_checkpoints(home):
     ("train.py", "--stepz 3", "unknown flag --stepz; nearest: --steps"),
     ("train.py", "--recipe shape-few", "nearest: shapes-few"),
     ("train.py", "--steps many", "invalid int value"),
-    ("train.py", "--steps 0", "steps"),
+    ("train.py", "--steps 0", "steps"), ("train.py", "--seed -1", "must be at least 0"),
     ("train.py", "--cosine maybe", "invalid"),
     ("train.py", "--init_from nowhere", "no model at nowhere"),
     ("train.py", "--init_from foreign.safetensors", "it lacks x_embedder.proj.weight"),
