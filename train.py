@@ -176,12 +176,14 @@ class Requests:
         self.heard, self.told = socket.socketpair()
         self.told.setblocking(False)
         signal.set_wakeup_fd(self.told.fileno())    # every signal that has a handler is also written there, at once
-        threading.Thread(target=self.watch, daemon=True).start()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.watcher.start()
         return self
 
     def __exit__(self, *error):
         signal.set_wakeup_fd(-1)
-        self.told.close()
+        self.told.close()                           # the watcher then ends
+        self.watcher.join()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
