@@ -191,10 +191,13 @@ def test_nan_from_then_on_stops_the_run_with_a_usable_checkpoint(home, capsys, m
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["no", "yes"])
 def test_any_deal_of_the_batch_trains_the_same_model(home, capsys, shard):
-    train("--steps", 10, "--out", "1x4", "--micro_batch", 16, *TEACH, capsys=capsys)
+    for micro in (16, 32, 64):
+        train("--steps", 10, "--out", f"1x{64 // micro}", "--micro_batch", micro, *TEACH, capsys=capsys)
+    rounding = max(same("1x4", "1x2", exactly=False), same("1x4", "1x1", exactly=False))       # what one process does to itself, on this machine
+    assert rounding <= 2e-6
     for processes, micro in ((2, 16), (4, 16)):
         torchrun(processes, "--steps", "10", "--out", f"{processes}", "--micro_batch", str(micro), "--shard", shard, *TEACH)
-        assert same("1x4", f"{processes}", exactly=False) <= 1e-6
+        assert same("1x4", f"{processes}", exactly=False) <= max(1e-6, 2 * rounding)
 
 
 @pytest.mark.slow
