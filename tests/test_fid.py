@@ -265,14 +265,19 @@ def test_any_number_of_processes_gives_the_same_statistics(tmp_path):
             assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_a_model_without_classes_is_scored_without_them(tmp_path, monkeypatch, capsys):
+def test_a_model_without_classes_is_scored_without_them(tmp_path, monkeypatch, capsys, weights):
     monkeypatch.chdir(tmp_path)
     assert run("train.py", "--labels", "none", "--enhancement_ratio", 0, "--enhancement_style", "none", "--steps", 2, "--image_size", 32, "--compile", "no",
                "--out", "plain", capsys=capsys)[0] == 0
     line = fid.evaluate(Options(ckpt="plain", num=20, steps=1))
     assert line["FD-shapes"] > line["floor"] > 0 and "accuracy" not in line
+    drawn, kept = fid.drawn_pictures, []
+    monkeypatch.setattr(fid, "drawn_pictures", lambda *given: kept.append(given[3]) or drawn(*given))
     with pytest.raises(ValueError, match="raise --num"):
         fid.evaluate(Options(ckpt=str(ROOT / "assets/shapes-few.safetensors"), num=8, steps=1))
+    folder = write_folder(tmp_path / "real", picture_set(32, 2, 10))
+    fid.evaluate(Options(ckpt=str(ROOT / "assets/shapes-few.safetensors"), ref=f"folder:{folder}", weights=str(weights), num=4, steps=1, metrics="fid"))
+    assert kept == [True, False]        # 2,048 features want 33 MB a class: moments by class are for the small features
 
 
 def test_the_line_says_what_decides_the_number(tmp_path, weights, capsys):
