@@ -27,6 +27,13 @@ from config import Config, recipe_row
 from model import DDT, ENCODER, FAMILIES, MODELS, SIZES, DiT
 
 
+def flush(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
 def write_safely(path, write):
     """Call write(temporary path), flush to disk, rename: `path` holds what it held before or all of the new, whenever the machine stops."""
     path = Path(path)
@@ -34,12 +41,9 @@ def write_safely(path, write):
     try:
         write(temporary)
         os.chmod(temporary, 0o644)
-        for place in (temporary, path.parent):
-            handle = os.open(place, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-            if place == temporary:
-                os.replace(temporary, path)
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -107,7 +107,6 @@ class Config:
         for name, allowed in (("compile", ("auto", "yes", "no")), ("optimizer", ("adamw", "radam", "muon")), ("dtype", ("auto", "bfloat16", "float32"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(allowed[:-1])} or {allowed[-1]}")
-
         for f in dataclasses.fields(self):
             if f.type is tuple and f.default and f.name != "ema" and len(getattr(self, f.name)) != len(f.default):
                 raise ValueError(f"{f.name} is {','.join(map(str, getattr(self, f.name)))}; it wants {len(f.default)} numbers, such as {','.join(map(str, f.default))}")
@@ -120,7 +119,7 @@ class Config:
 
     def sampler(self, **given):
         """Keyword arguments for sampler.sample; those given (long words, None: not given) win over the recipe's."""
-        word = dataclasses.replace(self, **{k.replace("steps", "sample_steps"): v for k, v in given.items() if v is not None})
+        word = dataclasses.replace(self, **{"sample_steps" if k == "steps" else k: v for k, v in given.items() if v is not None})
         return dict(transport=word.transport, steps=word.sample_steps, kappa=word.extrapolation, rho=word.stochasticity, order=word.order,
                     schedule=word.schedule, gap=word.gap, cfg_scale=word.cfg_scale, cfg_interval=word.cfg_interval)
 

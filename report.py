@@ -79,8 +79,7 @@ def preview(model):
     """A sheet of pictures from fixed noise, a column a class, drawn with the recipe's own sampler settings; of latents without
     decode, three channels."""
     columns = min(model.net.num_classes, 10) or 8
-    kinds = list(range(columns)) if model.net.num_classes else [0]
-    _, x, _ = next(generate(model, range(8 * columns), 8 * columns, kinds=kinds))
+    _, x, _ = next(generate(model, range(8 * columns), 8 * columns, kinds=range(columns) if model.net.num_classes else None))
     return contact_sheet(x, columns)
 
 

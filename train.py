@@ -200,16 +200,16 @@ class Requests:
             self.heard.settimeout(None if asked is None else max(0.01, asked + self.grace - time.monotonic()))
             try:
                 number = self.heard.recv(1)
-                again = asked and time.monotonic() - asked > 5      # a terminal and torchrun both pass Ctrl-C on: two at once are one
             except TimeoutError:
-                number, again = b"\x0f", True
+                break
             if not number:                                          # the run is over
                 return
             if number[0] in (signal.SIGTERM, signal.SIGINT):
-                if again:
-                    os.write(2, b"\nstopped without saving: the same command resumes from the last checkpoint\n")
-                    os._exit(1)
+                if asked and time.monotonic() - asked > 5:          # a terminal and torchrun both pass Ctrl-C on: two at once are one
+                    break
                 asked = asked or time.monotonic()
+        os.write(2, b"\nstopped without saving: the same command resumes from the last checkpoint\n")
+        os._exit(1)
 
     def agree(self):
         """(signal number to stop for or 0, whether to save): the same answer in every process."""
