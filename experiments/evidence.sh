@@ -44,12 +44,16 @@ for seed in "$@"; do
   python experiments/peers.py curves --ckpt "$many" --num 2000 --nfe 80 --kappas 0 --others no --seed "$seed" --out "$results/curves-$seed.jsonl"
   python experiments/pose.py --ckpt "$many"
 
+  # MNIST: the recipes, then twice the training and 5.0 % of its compute
+  tune_mnist() { python train.py --recipe mnist-few --data "$mnist" --seed "$seed" --init_from "runs/$1-$seed" --out "runs/$2-$seed" "${@:3}"; }
   python train.py --recipe mnist --data "$mnist" --seed "$seed" --out "runs/mnist-$seed"
-  python train.py --recipe mnist-few --data "$mnist" --seed "$seed" --init_from "runs/mnist-$seed" --out "runs/mnist-few-$seed"
-  python train.py --recipe mnist-few --steps 1000 --data "$mnist" --seed "$seed" --init_from "runs/mnist-$seed" --out "runs/mnist-more-$seed"
-  score mnist --ckpt "runs/mnist-$seed" --steps 40 --seed "$seed"
-  for run in mnist-few mnist-more; do
-    for steps in 1 2; do score $run --ckpt "runs/$run-$seed" --steps $steps --seed "$seed"; done
+  tune_mnist mnist mnist-few
+  [ -d "runs/mnist-twice-$seed" ] || cp -r "runs/mnist-$seed" "runs/mnist-twice-$seed"
+  python train.py --recipe mnist --steps 18000 --data "$mnist" --seed "$seed" --out "runs/mnist-twice-$seed"
+  tune_mnist mnist-twice mnist-twice-few --steps 600 --lr 4e-3
+  for run in mnist mnist-twice; do
+    score $run --ckpt "runs/$run-$seed" --steps 40 --seed "$seed"
+    for steps in 1 2; do score $run-few --ckpt "runs/$run-few-$seed" --steps $steps --seed "$seed"; done
   done
 done
 python experiments/report.py "$results"/*.jsonl
