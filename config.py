@@ -176,7 +176,7 @@ RECIPES = {
     "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},                                            # not run
     "shapes64-few": {**SHAPES64, **FEW, "steps": 220, "init_from": "runs/shapes64"},
     "mnist":        {**MNIST, **MANY, "enhancement_ratio": 0.4, "optimizer": "muon", "steps": 9000},            # FD-mnist 3.56 @40, N 5,000; --steps 18000: 3.55
-    "mnist-few":    {**MNIST, **FEW, "steps": 300, "optimizer": "muon", "lr": 6e-3, "warmup": 100, "eps": 0.05, "init_from": "runs/mnist"},   # 4.30 @2; from 18,000, --steps 600 --lr 4e-3: 3.91
+    "mnist-few":    {**MNIST, **FEW, "steps": 300, "optimizer": "muon", "lr": 6e-3, "warmup": 100, "eps": 0.05, "init_from": "runs/mnist"},   # 4.30 @2; 3.91: RESULTS.md
     "folder":       {**FOLDER, **MANY, "lr": 5e-3, "steps": 5000},
     "folder-few":   {**FOLDER, **FEW, "steps": 500, "init_from": "runs/folder"},
     "cifar10":      {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},                          # not run
