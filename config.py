@@ -51,8 +51,8 @@ class Config:
     weight: str = "cosine"              # time weight: cosine or none
     beta: tuple = (1.0, 1.0, 1.0)       # t ~ Beta(theta1, theta2) * theta3
     label_drop: float = 0.1             # probability of the null class
-    derivative: str = "fd"              # at lambda = 1: fd (central difference) or jvp (exact)
-    eps: float = 0.005                  # e of the central difference
+    derivative: str = "fd"              # at lambda = 1: fd (central difference), backward (cheaper, steadier) or jvp (exact)
+    eps: float = 0.005                  # e of the differences
     # -- optimisation
     steps: int = 2000                   # of training
     batch_size: int = 64                # global: over all processes and accumulation steps; a multiple of 16

@@ -154,13 +154,13 @@ class Objective:
     beta: tuple = (1.0, 1.0, 1.0)               # t ~ Beta(theta1, theta2) * theta3
     enhance_range: tuple = (0.0, 0.75)          # times at which the enhancement works in full
     label_drop: float = 0.1                     # probability of the null class
-    derivative: str = "fd"                      # lam = 1: fd, the central difference, or jvp, exact (forward mode)
-    eps: float = 0.005                          # e of the central difference
+    derivative: str = "fd"                      # lam = 1: fd, the central difference, backward, that to the time before, or jvp, exact (forward mode)
+    eps: float = 0.005                          # e of the two differences
 
     def __post_init__(self):
         row = resolve(self.transport)
         for name, value, allowed in (("style", self.style, ("none", "ft-vs-fe", "fc-vs-fe", "fc-vs-xz")), ("weight", self.weight, ("cosine", "none")),
-                                     ("derivative", self.derivative, ("fd", "jvp"))):
+                                     ("derivative", self.derivative, ("fd", "backward", "jvp"))):
             if value not in allowed:
                 raise ValueError(f"unknown {name} {value!r}; one of: {', '.join(allowed)}")
         if not 0 <= self.lam <= 1:
@@ -247,8 +247,9 @@ class Objective:
             alpha, gamma, _, _ = row.at(r, x_star)
             return predict(net, row, alpha * z_star + gamma * x_star, r, y)[1]
 
-        if self.lam < 1:
-            return (x_hat - g(self.lam * t)) / ((1 - self.lam) * t).view(-1, *[1] * (x_star.ndim - 1))
+        if self.lam < 1 or self.derivative == "backward":
+            r = self.lam * t if self.lam < 1 else (t - self.eps).clamp_min(0)
+            return (x_hat - g(r)) / (t - r).view(-1, *[1] * (x_star.ndim - 1))
         if self.derivative == "fd":
             return (g(t + self.eps) - g(t - self.eps)) / (2 * self.eps)
         with sdpa_kernel(SDPBackend.MATH):                              # fused attention has no forward mode

@@ -59,7 +59,7 @@ def flops_per_image(net):
 
 def forwards(objective):
     """What a training step costs, in forward passes: 3 with the backward one, and those without gradient."""
-    slope = {0: 0, 1: 2}.get(objective.lam, 1)
+    slope = 0 if objective.lam == 0 else 1 if objective.lam < 1 or objective.derivative == "backward" else 2
     return 3 + slope + (0 if objective.zeta == 0 else 2 if objective.style == "fc-vs-fe" else 1)
 
 

@@ -149,6 +149,39 @@ def test_finite_difference_is_the_jvp_to_second_order(name):
         assert all(3.5 < w / n < 4.5 for w, n in zip(wide, narrow))
 
 
+def test_backward_difference_is_the_secant_to_the_time_before():
+    """Of the same call as lambda = 1 - e / t, to data themselves where t < e; and the derivative to first order."""
+    x, z, t, y, drop = batch()
+    net, row, e = Net(), TRANSPORTS["linear"], 0.1        # the first of the times, .05, lies below e
+    with torch.no_grad():
+        _, x_hat, _ = predict(net, row, row.at(t, x)[0] * z + row.at(t, x)[1] * x, t, y)
+        secants = torch.cat([Objective(lam=max(0.0, 1 - e / v.item())).slope(net, row, x[k:k + 1], z[k:k + 1], t[k:k + 1], y[k:k + 1], x_hat[k:k + 1])
+                             for k, v in enumerate(t)])
+        exact, wide, narrow = (Objective(lam=1.0, derivative=how, eps=width).slope(net, row, x, z, t, y, x_hat)
+                               for how, width in (("jvp", 1.0), ("backward", 0.01), ("backward", 0.005)))
+        assert_close(Objective(lam=1.0, derivative="backward", eps=e).slope(net, row, x, z, t, y, x_hat), secants)
+    assert 1.8 < ((wide - exact).flatten(1).norm(dim=1) / (narrow - exact).flatten(1).norm(dim=1)).median() < 2.2
+
+
+@pytest.mark.parametrize("derivative, largest", [("fd", lambda k, e, step: (1 + (step * math.sin(k * e) / e) ** 2) ** 0.5),
+                                                 ("backward", lambda k, e, step: abs(1 - step / e * (1 - complex(math.cos(k * e), -math.sin(k * e)))))])
+def test_which_difference_damps_a_wave_of_time(derivative, largest):
+    """x_hat <- x_hat - step * slope on a wave exp(i k t), the estimate of every picture: the central difference lets every wave grow, the
+    backward one none (step <= e). By von Neumann's analysis of an advection equation (Charney, Fjortoft, von Neumann 1950)."""
+    e, step, t = 0.05, 0.03, torch.linspace(0.3, 0.7, 9, dtype=torch.float64)
+    x, z, y = *torch.zeros(2, 9, 1, 1, 1, dtype=torch.float64), torch.zeros(9, dtype=torch.long)
+    for k in (1.0, 10.0, 30.0, 60.0):
+        def wave(phase):        # a network with x_hat = cos(k t + phase): v = (x_t - x_hat) / t on the linear path
+            return lambda x_t, t, y: (x_t - torch.cos(k * t + phase).view(-1, 1, 1, 1)) / t.view(-1, 1, 1, 1)
+        parts = []
+        for phase in (0.0, -math.pi / 2):
+            x_hat = torch.cos(k * t + phase).view(-1, 1, 1, 1)
+            slope = Objective(lam=1.0, derivative=derivative, eps=e).slope(wave(phase), TRANSPORTS["linear"], x, z, t, y, x_hat)
+            parts.append((x_hat - step * slope).flatten())
+        assert_close(torch.hypot(*parts), torch.full_like(t, largest(k, e, step)))
+        assert (torch.hypot(*parts) > 1).all() if derivative == "fd" else (torch.hypot(*parts) < 1).all()
+
+
 def test_lambda_below_1_is_the_secant():
     x, z, t, y, drop = batch()
     net, lam, t_ = Net(), 0.6, t.view(-1, 1, 1, 1)
