@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from objective import TRANSPORTS, Objective, Transport, is_singular, predict, resolve
+from report import forwards
 
 REGULAR = [name for name, row in TRANSPORTS.items() if not is_singular(row)]
 
@@ -180,6 +181,18 @@ def test_which_difference_damps_a_wave_of_time(derivative, largest):
             parts.append((x_hat - step * slope).flatten())
         assert_close(torch.hypot(*parts), torch.full_like(t, largest(k, e, step)))
         assert (torch.hypot(*parts) > 1).all() if derivative == "fd" else (torch.hypot(*parts) < 1).all()
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), dict(lam=1.0, derivative="fd"), dict(lam=1.0, derivative="backward"),
+                                      dict(lam=1.0, zeta=1.0, style="fc-vs-xz", derivative="backward"), dict(lam=1.0, zeta=1.0, style="fc-vs-fe")])
+def test_forwards_counts_the_calls(settings):
+    """What the log and bench.py divide by: every call of network and teacher, and twice as much again for the backward pass."""
+    x, z, t, y, drop = batch()
+    calls, net, teacher = [], Net(), Net(7)
+    for n in (net, teacher):
+        n.register_forward_hook(lambda *_: calls.append(1))
+    Objective("linear", **settings)(net, x, y, t, z, drop, teacher)
+    assert forwards(Objective("linear", **settings)) == len(calls) + 2
 
 
 def test_lambda_below_1_is_the_secant():
