@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 try() {
-  python train.py --recipe shapes-few --out "runs/choice-$1" "${@:2}"
+  python train.py --recipe shapes-few --derivative fd --eps .02 --lr 1e-3 --steps 500 --out "runs/choice-$1" "${@:2}"
   for steps in 1 2; do python fid.py --ckpt "runs/choice-$1" --steps $steps --num 4000 | tail -n 1 >> experiments/results/choices.jsonl; done
 }
 try bf16-e02 --init_from "$1"

@@ -50,7 +50,7 @@ for seed in "$@"; do
   tune_mnist mnist mnist-few
   [ -d "runs/mnist-twice-$seed" ] || cp -r "runs/mnist-$seed" "runs/mnist-twice-$seed"
   python train.py --recipe mnist --steps 18000 --data "$mnist" --seed "$seed" --out "runs/mnist-twice-$seed"
-  tune_mnist mnist-twice mnist-twice-few --steps 600 --lr 4e-3
+  tune_mnist mnist-twice mnist-twice-few --steps 600 --lr 4e-3 --derivative fd
   for run in mnist mnist-twice; do
     score $run --ckpt "runs/$run-$seed" --steps 40 --seed "$seed"
     for steps in 1 2; do score $run-few --ckpt "runs/$run-few-$seed" --steps $steps --seed "$seed"; done
