@@ -167,7 +167,7 @@ FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-v
            stochasticity=1.0, gap=(0.001, 0.5))
 FEW32 = {**FEW, **dict(derivative="fd", eps=0.02, lr=1e-3, stochasticity=0.0, gap=(0.001, 0.6))}      # as its three seeds were measured
 RECIPES = {
-    "shapes":       {**SHAPES, **MANY, "steps": 5000},                                                          # FD-shapes 5.87 @20, N 4,000
+    "shapes":       {**SHAPES, **MANY, "steps": 5000},                                                          # FD-shapes 6.51 @20, N 4,000
     "shapes-few":   {**SHAPES, **FEW, "steps": 600, "init_from": "runs/shapes"},                                # 9.87 @2
     "shapes32":     {**SHAPES32, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "lr": 5e-3, "steps": 15000},   # FD-shapes 1.59 @40, N 10,000; with --steps 30000 1.15
     "shapes32-few": {**SHAPES32, **FEW32, "steps": 440, "init_from": "runs/shapes32"},                          # 1.67 @2
