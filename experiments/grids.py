@@ -30,8 +30,7 @@ def main(options):
     blocks = []
     for path, steps in ((options.one or options.few, 1), (options.few, 2), (options.few, 4), (options.many, 40)):
         model = open_model(path, pick_device("cpu"))
-        more = {"extrapolation": "auto"} if steps == 40 else {}
-        x = torch.cat([x for _, x, _ in generate(model, range(options.columns * options.rows), 256, steps=steps, **more)])
+        x = torch.cat([x for _, x, _ in generate(model, range(options.columns * options.rows), 256, steps=steps)])
         blocks.append((f"{steps} step{'s' * (steps > 1)}", contact_sheet(x, options.columns, side=64)))
     width, height = blocks[0][1].size
     page = Image.new("RGB", (2 * width + 24, 2 * (height + 22) + 12), "white")

@@ -176,7 +176,7 @@ class Judge:
         self.kind = "shapes" if source == "shapes" else "mnist"
         data = open_dataset(source, model.shape[-1] if self.kind == "shapes" else None, 1000, root=options.data_dir)
         self.num = min(options.num, len(data) // 2) if hasattr(data, "__len__") else options.num
-        self.features = SmallFeatures(self.kind, data.shape, len(model.names))
+        self.features = SmallFeatures(self.kind, data.shape)
         self.real, self.other = Statistics(), Statistics()
         for start, into in ((0, self.real), (self.num, self.other)):
             for first, x, y in stream_pictures(data, start, self.num, options.batch_size):

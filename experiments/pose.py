@@ -84,7 +84,7 @@ def spread(read, y):
 
 def price(num):
     """FD-shapes of `num` real pictures whose angle or place is drawn from a part of its range, against 2 num real ones."""
-    features = SmallFeatures("shapes", (3, 32, 32), 8)
+    features = SmallFeatures("shapes", (3, 32, 32))
 
     def moments(seed, count, change=()):
         all_rows = Moments(len(features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))["pool"][0]))

@@ -1,4 +1,10 @@
-"""The peers under experiments/ are what they are called."""
+"""The peers under experiments/ are what they are called, and their commands run."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +15,9 @@ from experiments.peers import MeanFlow, dpm_solver_2m, heun, meanflow_loss, samp
 from experiments.pose import draws
 from model import DiT
 from sampler import sample, time_grid
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = "assets/shapes-few.safetensors"
 
 
 @pytest.mark.parametrize("steps", [5, 20])
@@ -68,3 +77,25 @@ def test_the_numbers_of_a_drawing_are_those_it_was_drawn_from():
     circles = y == 0
     assert centre(still)[circles].abs().max() < 0.05
     assert torch.allclose(centre(x)[circles], 0.12 * 32 * u[circles, 0], atol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, lines", [
+    (f"peers.py curves --ckpt {SHIPPED} --num 64 --nfe 4 --kappas 0,auto --out OUT", ["Euler", "UCGM-S kappa auto", "Heun", "DPM-Solver++(2M)"]),
+    (f"peers.py meanflow --ckpt {SHIPPED} --num 64 --seconds 0.1 --out OUT", ["MeanFlow"] * 3),
+    ("pose.py --price yes --num 64", []),
+    (f"pose.py --ckpt {SHIPPED} --num 64 --train_steps 2 --steps 4", []),
+    (f"fall.py --recipe shapes-few --init_from {SHIPPED} --look 2", []),
+    (f"grids.py --few {SHIPPED} --many {SHIPPED} --columns 2 --rows 1 --out OUT.png", []),
+    ("overlap.py", []),
+    ("report.py experiments/results/few.jsonl", []),
+])
+def test_the_experiments_run(command, lines, tmp_path):
+    """Each at a size that shows only that it still fits the code; a score that is written down has the method's name and is finite."""
+    out = tmp_path / "out"
+    run = subprocess.run([sys.executable, *f"experiments/{command}".replace("OUT", str(out)).split()], cwd=ROOT, capture_output=True, text=True,
+                         env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})                            # compiling would take most of the time
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip()
+    written = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    assert [line["method"] for line in written] == lines and all(np.isfinite(line["FD-shapes"]) for line in written)
