@@ -176,7 +176,7 @@ RECIPES = {
     "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},                                            # not run
     "shapes64-few": {**SHAPES64, **FEW, "steps": 264, "init_from": "runs/shapes64"},
     "mnist":        {**MNIST, **MANY, "enhancement_ratio": 0.4, "optimizer": "muon", "steps": 9000},            # FD-mnist 3.56 @40, N 5,000; --steps 18000: 3.55
-    "mnist-few":    {**MNIST, **FEW, "steps": 360, "optimizer": "muon", "lr": 6e-3, "warmup": 100, "init_from": "runs/mnist"},   # 4.34 @2; twice the training: 3.91
+    "mnist-few":    {**MNIST, **FEW, "steps": 360, "optimizer": "muon", "lr": 6e-3, "warmup": 100, "init_from": "runs/mnist"},   # 4.34 @2
     "folder":       {**FOLDER, **MANY, "lr": 5e-3, "steps": 5000},
     "folder-few":   {**FOLDER, **FEW, "steps": 600, "init_from": "runs/folder"},
     "cifar10":      {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},                          # not run

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that stands under "Two steps as good as forty" in RESULTS.md, for the seeds given: bash experiments/evidence.sh 0 1 2
-# Scores go to experiments/results/*.jsonl; experiments/report.py makes tables and curves of them. MNIST=npz:FILE takes another copy of MNIST.
+# The models and scores of "Two steps as good as forty" in RESULTS.md, its searches aside, for the seeds given: bash experiments/evidence.sh 0 1 2
+# Scores are added to runs/evidence/*.jsonl (those of RESULTS.md lie in experiments/results); experiments/report.py makes tables and curves of them. MNIST=npz:FILE takes another copy of MNIST.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-mkdir -p experiments/results
-results=experiments/results
+results=runs/evidence
+mkdir -p $results
 mnist=${MNIST:-mnist}
-score() { python fid.py "${@:2}" | tail -n 1 >> "$results/$1.jsonl"; }
+score() { python fid.py "${@:2}" | tail -n 1 | sed "s/^{/{\"method\": \"$1\", /" >> "$results/$1.jsonl"; }
 tune() { python train.py --recipe "$1" --seed "$2" --init_from "runs/shapes32-$2" "${@:3}"; }
 
 for seed in "$@"; do
@@ -20,6 +20,7 @@ for seed in "$@"; do
   score few-fresh --ckpt "runs/few-$seed" --steps 2 --stochasticity 1 --seed "$seed"
   tune shapes32-one "$seed" --out "runs/one-$seed"
   for steps in 1 2; do score one --ckpt "runs/one-$seed" --steps $steps --seed "$seed"; done
+  score one-fresh --ckpt "runs/one-$seed" --steps 2 --stochasticity 1 --gap 0.001,0.5 --seed "$seed"
   tune shapes32-mid "$seed" --out "runs/mid-$seed"
   for steps in 2 4 8; do score mid --ckpt "runs/mid-$seed" --steps $steps --seed "$seed"; done
 
@@ -39,6 +40,7 @@ for seed in "$@"; do
   # peers, from the same model for the same seconds: consistency training without a teacher (ECT-like), MeanFlow, and other samplers
   tune shapes32-few "$seed" --enhancement_ratio 0 --enhancement_style none --steps 528 --out "runs/ect-$seed"
   for steps in 1 2; do score ect --ckpt "runs/ect-$seed" --steps $steps --seed "$seed"; done
+  score ect-fresh --ckpt "runs/ect-$seed" --steps 2 --stochasticity 1 --seed "$seed"
   python experiments/peers.py meanflow --ckpt "$many" --num 10000 --seconds 106 --seed "$seed" --out "$results/meanflow.jsonl"
   python experiments/peers.py curves --ckpt "$many" --num 2000 --nfe 4,8,20,40 --kappas 0,auto,0.5,0.7 --seed "$seed" --out "$results/curves-$seed.jsonl"
   python experiments/peers.py curves --ckpt "$many" --num 2000 --nfe 80 --kappas 0 --others no --seed "$seed" --out "$results/curves-$seed.jsonl"

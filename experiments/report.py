@@ -1,6 +1,6 @@
 """The tables and curves of RESULTS.md from the lines that fid.py and peers.py wrote.
 
-    python experiments/report.py experiments/results/*.jsonl            # markdown tables to the terminal, nfe.png into assets/
+    python experiments/report.py experiments/results/*.jsonl            # markdown tables to the terminal, assets/nfe-DATA.png
 """
 import json
 import re
