@@ -157,7 +157,7 @@ class SamplerFlags:
 ESTIMATE = dict(data_output=True, gap=(0.001, 0.05))          # such a network divides by max(t, .05): calls below would leave a grain
 SHAPES = dict(data="shapes", model="TiT-XXS/8", **ESTIMATE)
 SHAPES32 = dict(data="shapes", model="TiT-XS/8", **ESTIMATE)
-SHAPES64 = dict(data="shapes", model="TiT-XS/8", image_size=64, **ESTIMATE)
+SHAPES64 = dict(SHAPES, image_size=64)
 MNIST = dict(data="mnist", model="TiT-XXS/4", **ESTIMATE)
 CIFAR = dict(data="cifar10", model="TiT-S/2", batch_size=128)
 FOLDER = dict(data="folder:pictures", model="TiT-XS/4", **ESTIMATE)
@@ -173,11 +173,11 @@ RECIPES = {
     "shapes32-few": {**SHAPES32, **FEW32, "steps": 440, "init_from": "runs/shapes32"},                          # 1.67 @2
     "shapes32-one": {**SHAPES32, **FEW32, "steps": 1500, "optimizer": "muon", "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1},      # 2.8 @1
     "shapes32-mid": {**SHAPES32, **FEW32, "steps": 528, "consistency_ratio": 0.9, "init_from": "runs/shapes32", "sample_steps": 4, "gap": (0.001, 0.1)},  # 2.31 @4, seed 0
-    "shapes64":     {**SHAPES64, **MANY, "lr": 5e-3, "steps": 7500},                                            # not run
-    "shapes64-few": {**SHAPES64, **FEW, "steps": 264, "init_from": "runs/shapes64"},
+    "shapes64":     {**SHAPES64, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "steps": 10_000},          # TODO
+    "shapes64-few": {**SHAPES64, **FEW, "steps": 400, "init_from": "runs/shapes64"},
     "mnist":        {**MNIST, **MANY, "enhancement_ratio": 0.4, "optimizer": "muon", "steps": 9000},            # FD-mnist 3.56 @40, N 5,000; --steps 18000: 3.55
     "mnist-few":    {**MNIST, **FEW, "steps": 360, "optimizer": "muon", "lr": 6e-3, "warmup": 100, "init_from": "runs/mnist"},   # 4.34 @2
-    "folder":       {**FOLDER, **MANY, "lr": 5e-3, "steps": 5000},
+    "folder":       {**FOLDER, **MANY, "optimizer": "muon", "lr": 5e-3, "steps": 5000},
     "folder-few":   {**FOLDER, **FEW, "steps": 600, "init_from": "runs/folder"},
     "cifar10":      {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},                          # not run
     "cifar10-few":  {**CIFAR, **FEW, "lr": 1e-4, "steps": 10_000, "init_from": "runs/cifar10"},

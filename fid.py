@@ -318,7 +318,7 @@ def train_features(data, kind, steps=1500):
         accuracy = f"{(net(x_test)['scores'].argmax(1) == y_test).float().mean().item():.4f}"
     path, tensors = ASSETS / f"features-{kind}{data.shape[-1]}.safetensors", {name: value.half() for name, value in net.state_dict().items()}
     write_safely(path, lambda file: safetensors.torch.save_file(tensors, file, {"accuracy": accuracy, "held_out": str(len(y_test))}))
-    print(f"{path}: names {accuracy} of {len(y_test)} held-out real pictures. Next: python fid.py --ckpt runs/{kind} --steps 20")
+    print(f"{path}: names {accuracy} of {len(y_test)} held-out real pictures. Next: python fid.py --ckpt RUN --steps 20, of a run on such pictures")
 
 
 # ---- pictures -----------------------------------------------------------------------------------------------------

@@ -6,14 +6,14 @@ At every time the network says which data and which noise it sees in x (`predict
     x = alpha(t_{i+1}) z_hat + gamma(t_{i+1}) x_hat
 
 That is all. The rest is optional: extrapolate the predictions (kappa), replace part of the noise (rho), look ahead (order 2).
-rho = 1 is for few-step models: they were trained on noise that knows nothing of the data, while z_hat carries the errors of x_hat.
+rho = 1 is for few-step models that still err: they were trained on noise that knows nothing of the data, while z_hat carries the errors of x_hat.
 
 | setting                                    | is                                                                      |
 |--------------------------------------------|-------------------------------------------------------------------------|
 | linear, kappa 0, rho 0                     | Euler's method on the flow (flow matching)                              |
 | ddpm or trigflow, kappa 0, rho 0           | DDIM                                                                    |
 | edm, order 2                               | Heun's method of EDM                                                    |
-| any, rho 1                                 | multistep sampling of consistency models; few-step models want this     |
+| any, rho 1                                 | multistep sampling of consistency models                                |
 | any, kappa 1/3 (uniform grid), or "auto"   | two-step Adams-Bashforth: second order at one network call a step       |
 
 Why 1/3: x is built from extrapolated predictions, so each correction re-enters the next one. With weight kappa the corrections
