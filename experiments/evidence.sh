@@ -37,7 +37,7 @@ for seed in "$@"; do
   done
   score twice-few --ckpt "runs/twice-few-$seed" --steps 4 --gap 0.001,0.3 --seed "$seed"
 
-  # peers, from the same model for the same seconds: consistency training without a teacher (ECT-like), MeanFlow, and other samplers
+  # peers, from the same model: consistency training without a teacher (ECT-like) for as many passes, MeanFlow for as many seconds, and other samplers
   tune shapes32-few "$seed" --enhancement_ratio 0 --enhancement_style none --steps 528 --out "runs/ect-$seed"
   for steps in 1 2; do score ect --ckpt "runs/ect-$seed" --steps $steps --seed "$seed"; done
   score ect-fresh --ckpt "runs/ect-$seed" --steps 2 --stochasticity 1 --seed "$seed"
@@ -57,5 +57,12 @@ for seed in "$@"; do
     score $run --ckpt "runs/$run-$seed" --steps 40 --seed "$seed"
     for steps in 1 2; do score $run-few --ckpt "runs/$run-few-$seed" --steps $steps --seed "$seed"; done
   done
+  tune_mnist mnist mnist-ect --enhancement_ratio 0 --enhancement_style none --steps 450
+  for steps in 1 2; do score mnist-ect-fresh --ckpt "runs/mnist-ect-$seed" --steps $steps --seed "$seed"; done
+  score mnist-ect --ckpt "runs/mnist-ect-$seed" --steps 2 --stochasticity 0 --seed "$seed"
+  mnist_peers() { python experiments/peers.py "$1" --ckpt "runs/mnist-$seed" --data "$mnist" --seed "$seed" "${@:2}"; }
+  mnist_peers meanflow --num 5000 --seconds 107 --out "$results/mnist-meanflow.jsonl"
+  mnist_peers curves --num 2000 --nfe 20,40 --kappas 0,0.5,0.7 --others no --out "$results/curves-mnist-$seed.jsonl"
+  mnist_peers curves --num 2000 --nfe 80 --kappas 0 --others no --out "$results/curves-mnist-$seed.jsonl"
 done
 python experiments/report.py "$results"/*.jsonl
