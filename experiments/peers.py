@@ -158,8 +158,8 @@ def tune_meanflow(model, options):
 
 
 @torch.no_grad()
-def sample_meanflow(flow, z, y, steps):
-    x, times = z, torch.linspace(1, 0, steps + 1)
+def sample_meanflow(flow, z, y, times):
+    x, times = z, torch.tensor(times)
     for t, r in zip(times[:-1], times[1:]):
         x = x - (t - r) * flow(x, r.expand(len(x)), t.expand(len(x)), y).to(x.dtype)
     return x
@@ -214,8 +214,8 @@ def meanflow(model, options):
     assert TRANSPORTS[model.config.transport] is TRANSPORTS["linear"]
     flow, steps = tune_meanflow(model, options)
     judge = Judge(model, options)
-    for nfe in (1, 2, 4):
-        judge("MeanFlow", nfe, lambda z, y: sample_meanflow(flow, z, y, nfe), train_seconds=options.seconds, train_steps=steps)
+    for name, *times in (("", 1.0, 0.0), ("", 1.0, 0.5, 0.0), (", second call at .7", 1.0, 0.7, 0.0), (", at .85", 1.0, 0.85, 0.0), ("", 1.0, 0.75, 0.5, 0.25, 0.0)):
+        judge("MeanFlow" + name, len(times) - 1, lambda z, y: sample_meanflow(flow, z, y, times), train_seconds=options.seconds, train_steps=steps)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_meanflow_starts_as_the_velocity_and_knows_straight_paths(data_output):
     x, y, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]), torch.rand(4)
     with torch.no_grad():
         assert_close(flow(x, t / 2, t, y), net(x, t, y))
-        assert_close(sample_meanflow(flow, x, y, 4), sample(net, x, y, times=[1.0, 0.75, 0.5, 0.25], gap=(0, 0)), rtol=1e-4, atol=1e-4)
+        assert_close(sample_meanflow(flow, x, y, (1.0, 0.75, 0.5, 0.25, 0.0)), sample(net, x, y, times=[1.0, 0.75, 0.5, 0.25], gap=(0, 0)), rtol=1e-4, atol=1e-4)
     constant = lambda x_t, *rest: torch.full_like(x_t, 2.0)
     loss = meanflow_loss(lambda x_t, r, t, y: torch.full_like(x_t, 5.0), constant, x, y, t, t / 2, torch.randn_like(x))
     assert_close(loss, torch.full((4,), 9 / 9.001))
