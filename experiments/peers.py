@@ -214,8 +214,7 @@ def meanflow(model, options):
     assert TRANSPORTS[model.config.transport] is TRANSPORTS["linear"]
     flow, steps = tune_meanflow(model, options)
     judge = Judge(model, options)
-    for name, *times in (("", 1.0, 0.0), ("", 1.0, 0.5, 0.0), (", second call at .3", 1.0, 0.3, 0.0), (", at .4", 1.0, 0.4, 0.0),
-                         (", at .7", 1.0, 0.7, 0.0), ("", 1.0, 0.75, 0.5, 0.25, 0.0)):
+    for *times, name in ((1.0, 0.0, ""), (1.0, 0.5, 0.0, ""), *((1.0, middle, 0.0, f", second call at {middle}") for middle in (0.3, 0.4, 0.7)), (1.0, 0.75, 0.5, 0.25, 0.0, "")):
         judge("MeanFlow" + name, len(times) - 1, lambda z, y: sample_meanflow(flow, z, y, times), train_seconds=options.seconds, train_steps=steps)
 
 

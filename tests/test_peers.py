@@ -82,7 +82,7 @@ def test_the_numbers_of_a_drawing_are_those_it_was_drawn_from():
 @pytest.mark.slow
 @pytest.mark.parametrize("command, lines", [
     (f"peers.py curves --ckpt {SHIPPED} --num 64 --nfe 4 --kappas 0,auto --out OUT", ["Euler", "UCGM-S kappa auto", "Heun", "DPM-Solver++(2M)"]),
-    (f"peers.py meanflow --ckpt {SHIPPED} --num 64 --seconds 0.1 --out OUT", ["MeanFlow"] * 3),
+    (f"peers.py meanflow --ckpt {SHIPPED} --num 64 --seconds 0.1 --out OUT", ["MeanFlow", "MeanFlow", *(f"MeanFlow, second call at {t}" for t in (0.3, 0.4, 0.7)), "MeanFlow"]),
     ("pose.py --price yes --num 64", []),
     (f"pose.py --ckpt {SHIPPED} --num 64 --train_steps 2 --steps 4", []),
     (f"fall.py --recipe shapes-few --init_from {SHIPPED} --look 2", []),
