@@ -168,7 +168,7 @@ FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-v
 FEW32 = {**FEW, **dict(derivative="fd", eps=0.02, lr=1e-3, gap=(0.001, 0.6))}                 # as its three seeds were measured
 RECIPES = {
     "shapes":       {**SHAPES, **MANY, "steps": 5000},                                                          # FD-shapes 6.51 @20, N 4,000
-    "shapes-few":   {**SHAPES, **FEW, "steps": 600, "init_from": "runs/shapes", "stochasticity": 1.0, "gap": (0.001, 0.5)},    # 9.87 @2; trained so little, it wants fresh noise
+    "shapes-few":   {**SHAPES, **FEW, "steps": 600, "init_from": "runs/shapes", "stochasticity": 1.0, "gap": (0.001, 0.5)},    # 9.87 @2; with rho 0 12.1
     "shapes32":     {**SHAPES32, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "lr": 5e-3, "steps": 15000},   # FD-shapes 1.59 @40, N 10,000; with --steps 30000 1.15
     "shapes32-few": {**SHAPES32, **FEW32, "steps": 440, "init_from": "runs/shapes32"},                          # 1.67 @2
     "shapes32-one": {**SHAPES32, **FEW32, "steps": 1500, "optimizer": "muon", "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1},      # 2.8 @1
