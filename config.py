@@ -166,6 +166,7 @@ FEW = dict(consistency_ratio=1.0, enhancement_ratio=1.0, enhancement_style="fc-v
            derivative="backward", eps=0.05, optimizer="radam", betas=(0.9, 0.999), lr=2e-3, warmup=20, ema=(0.99,), sample_steps=2, extrapolation=0.0,
            stochasticity=0.0, gap=(0.001, 0.7))
 FEW32 = {**FEW, **dict(derivative="fd", eps=0.02, lr=1e-3, gap=(0.001, 0.6))}                 # as its three seeds were measured
+FEW_MUON = {**FEW, **dict(optimizer="muon", lr=6e-3, warmup=100)}
 RECIPES = {
     "shapes":       {**SHAPES, **MANY, "steps": 5000},                                                          # FD-shapes 6.51 @20, N 4,000
     "shapes-few":   {**SHAPES, **FEW, "steps": 600, "init_from": "runs/shapes", "stochasticity": 1.0, "gap": (0.001, 0.5)},    # 9.87 @2; with rho 0 12.1
@@ -174,9 +175,9 @@ RECIPES = {
     "shapes32-one": {**SHAPES32, **FEW32, "steps": 1500, "optimizer": "muon", "ema": (0.995,), "init_from": "runs/shapes32", "sample_steps": 1},      # 2.8 @1
     "shapes32-mid": {**SHAPES32, **FEW32, "steps": 528, "consistency_ratio": 0.9, "init_from": "runs/shapes32", "sample_steps": 4, "gap": (0.001, 0.1)},  # 2.31 @4, seed 0
     "shapes64":     {**SHAPES64, **MANY, "enhancement_ratio": 0.3, "optimizer": "muon", "steps": 20_000},          # FD-shapes 3.03 @40, N 10,000, one seed
-    "shapes64-few": {**SHAPES64, **FEW, "steps": 800, "optimizer": "muon", "lr": 6e-3, "warmup": 100, "init_from": "runs/shapes64"},   # not near it yet: 15.9 @2
+    "shapes64-few": {**SHAPES64, **FEW_MUON, "steps": 800, "init_from": "runs/shapes64"},                      # not near it yet: 15.9 @2
     "mnist":        {**MNIST, **MANY, "enhancement_ratio": 0.4, "optimizer": "muon", "steps": 9000},            # FD-mnist 3.56 @40, N 5,000; --steps 18000: 3.55
-    "mnist-few":    {**MNIST, **FEW, "steps": 360, "optimizer": "muon", "lr": 6e-3, "warmup": 100, "init_from": "runs/mnist", "gap": (0.001, 0.85)},   # 3.63 @2, tuned again 3.97
+    "mnist-few":    {**MNIST, **FEW_MUON, "steps": 360, "init_from": "runs/mnist", "gap": (0.001, 0.85)},   # 3.63 @2, tuned again 3.97
     "folder":       {**FOLDER, **MANY, "optimizer": "muon", "lr": 5e-3, "steps": 5000},
     "folder-few":   {**FOLDER, **FEW, "steps": 600, "init_from": "runs/folder"},
     "cifar10":      {**CIFAR, **MANY, "lr": 1e-3, "steps": 200_000, "ema": (0.9999,)},                          # not run

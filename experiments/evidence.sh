@@ -54,13 +54,14 @@ for seed in "$@"; do
   python train.py --recipe mnist --steps 18000 --data "$mnist" --seed "$seed" --out "runs/mnist-twice-$seed"
   tune_mnist mnist-twice mnist-twice-few --steps 600 --lr 4e-3 --derivative fd
   for run in mnist mnist-twice; do
-    [ $run = mnist ] && fresh=-fresh || fresh=
     score $run --ckpt "runs/$run-$seed" --steps 40 --seed "$seed"
-    for steps in 1 2; do score $run-few$fresh --ckpt "runs/$run-few-$seed" --steps $steps --stochasticity 1 --gap 0.001,0.5 --seed "$seed"; done
   done
   for steps in 2 4; do score mnist-few --ckpt "runs/mnist-few-$seed" --steps $steps --seed "$seed"; done
+  fresh() { for steps in 1 2; do score "$1" --ckpt "runs/$2-$seed" --steps $steps --stochasticity 1 --gap 0.001,0.5 --seed "$seed"; done; }
+  fresh mnist-few-fresh mnist-few
+  fresh mnist-twice-few mnist-twice-few
   tune_mnist mnist mnist-ect --enhancement_ratio 0 --enhancement_style none --steps 450
-  for steps in 1 2; do score mnist-ect-fresh --ckpt "runs/mnist-ect-$seed" --steps $steps --stochasticity 1 --gap 0.001,0.5 --seed "$seed"; done
+  fresh mnist-ect-fresh mnist-ect
   score mnist-ect --ckpt "runs/mnist-ect-$seed" --steps 2 --seed "$seed"
   mnist_peers() { python experiments/peers.py "$1" --ckpt "runs/mnist-$seed" --data "$mnist" --seed "$seed" "${@:2}"; }
   mnist_peers meanflow --num 5000 --seconds 107 --out "$results/mnist-meanflow.jsonl"
