@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the derivative's precision is worth, and few steps from nothing ("The choices that tuning leaves open" in RESULTS.md): bash experiments/choices.sh runs/long
+# What the derivative's precision is worth, and few steps from nothing ("The choices that tuning leaves open" in LOG.md): bash experiments/choices.sh runs/long
 # The argument is a many-step model of the default recipe; scores go to experiments/results/choices.jsonl.
 set -euo pipefail
 cd "$(dirname "$0")/.."

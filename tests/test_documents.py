@@ -104,7 +104,7 @@ def test_the_walkthrough_is_true(monkeypatch):
 
 
 def test_the_files_that_documents_name_are_there():
-    for document in ("README.md", "RESULTS.md", "CONTRIBUTING.md", "WALKTHROUGH.md", "assets/README.md"):
+    for document in ("README.md", "RESULTS.md", "CONTRIBUTING.md", "WALKTHROUGH.md", "assets/README.md", "experiments/LOG.md"):
         text = (ROOT / document).read_text()
         for name in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
             assert (ROOT / document).parent.joinpath(name).exists(), f"{document}: {name}"
