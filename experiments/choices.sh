@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The choices that the paper leaves open ("The choices" in RESULTS.md), tried from two many-step models: bash experiments/choices.sh runs/long runs/shapes runs/mnist-0
-# They are a long run of the default recipe, the default recipe, and `mnist` (MNIST=npz:/FULL/PATH takes another copy of it). Scores are added to runs/choices.jsonl.
+# The choices that the paper leaves open ("The choices" in RESULTS.md), tried from three many-step models: bash experiments/choices.sh runs/long runs/shapes runs/mnist-0
+# They are a long run of the default recipe, the default recipe, and `mnist` (MNIST=npz:/FULL/PATH takes another copy of it). Scores are added to runs/choices.jsonl (those of RESULTS.md lie in experiments/results).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 long=$(realpath "$1") shapes=$(realpath "$2") digits=$(realpath "$3")
