@@ -79,7 +79,7 @@ def product_rate(device, dtype):
 
 def train_step(config, net, batch, device, dtype, compiled):
     """One whole step as train.py does it, on data that are there already: draw, loss, backward, clip, optimiser, averages."""
-    objective, optimizer = config.objective(), make_optimizer(config, net)
+    objective, optimizer = config.objective(), make_optimizer(config, net, dtype)
     ema, teacher = (copy.deepcopy(net).requires_grad_(False).eval() for _ in range(2))
     model, model_teacher = (torch.compile(net), torch.compile(teacher)) if compiled else (net, teacher)
     model.num_classes = net.num_classes

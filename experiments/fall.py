@@ -27,7 +27,7 @@ def main(config, look):
     net.requires_grad_(True)
     data, objective, accumulate = open_dataset(config.data, config.image_size or None, config.seed, config.labels, config.data_dir), config.objective(), split_batch(config, 1)
     data.hold_out(config.held_out)
-    optimizer, generator = make_optimizer(config, net), torch.Generator(device)
+    optimizer, generator = make_optimizer(config, net, dtype), torch.Generator(device)
     for step, places in zip(range(min(look, config.steps)), positions(config, 0, 1, accumulate, 0)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
