@@ -57,6 +57,8 @@ for seed in "$@"; do
     score $run --ckpt "runs/$run-$seed" --steps 40 --seed "$seed"
   done
   for steps in 2 4; do score mnist-few --ckpt "runs/mnist-few-$seed" --steps $steps --seed "$seed"; done
+  tune_mnist mnist mnist-few-again --seed "1$seed"
+  for steps in 1 2 4; do score mnist-few-again --ckpt "runs/mnist-few-again-$seed" --steps $steps --seed "$seed"; done
   fresh() { for steps in 1 2; do score "$1" --ckpt "runs/$2-$seed" --steps $steps --stochasticity 1 --gap 0.001,0.5 --seed "$seed"; done; }
   fresh mnist-few-fresh mnist-few
   fresh mnist-twice-few mnist-twice-few
