@@ -1,22 +1,21 @@
-"""Where pictures come from. Every data set is a stream: position i of it is a pure function of (seed, i), without end.
+"""Where images come from. A data set is a stream: image i is a pure function of (seed, i), without end.
 
     data = open_dataset("shapes", size=32, seed=0)
-    x, y = data[positions]                  # x (B, C, S, S) float32 in [-1, 1], y (B,) int64
+    x, y = data[positions]              # x (B, C, S, S) float32 in [-1, 1], y (B,) int64
 
-| name         | is                                                                                                    |
-|--------------|-------------------------------------------------------------------------------------------------------|
-| shapes       | paper cut-outs rendered from formulas on the fly: eight kinds of shape, never the same picture twice  |
-| mnist        | 28x28 digits, through torchvision (downloaded into --data_dir on first use)                           |
-| cifar10      | 32x32 colour photographs, the same way; mirrored at random                                            |
-| folder:PATH  | one sub-folder a class, any sizes: resized, centre-cropped, mirrored at random; transparency on white |
-| npz:PATH     | arrays x (uint8; N, H, W, C or N, H, W) and y (integers)                                              |
-| latents:DIR  | what latents.py encoded, or somebody published so; mirrored at random                                 |
+| name        | is                                                                                       |
+|-------------|------------------------------------------------------------------------------------------|
+| shapes      | paper cut-outs of eight kinds, rendered from formulas: never the same image twice        |
+| mnist       | 28x28 digits, through torchvision, which downloads them on first use                     |
+| cifar10     | 32x32 colour photographs, the same way; mirrored at random                               |
+| folder:PATH | one sub-folder a class, any sizes: resized, centre-cropped, mirrored at random           |
+| npz:PATH    | arrays x (uint8; N, H, W, C or N, H, W) and y (integers)                                 |
+| latents:DIR | what latents.py encoded, or somebody published so; mirrored at random (see latents.py)   |
 
-A finite set is read in a new order each epoch. No state means: nothing to save, and workers and machines need not agree on anything.
-Run `python data.py` to see a page of shapes.
+A finite set comes in a new order each epoch. A stream has no state: there is nothing to save, and processes
+need not agree on anything. `python data.py` draws a page of shapes.
 """
 import contextlib
-import difflib
 import os
 import zipfile
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-# ---- randomness as a function -------------------------------------------------------------------------------------
+# ---- randomness as a function -------------------------------------------------------------------------
 
 def mix(v):
     """splitmix64 (Steele, Lea, Flood 2014): uint64 to uint64, every output bit depends on every input bit."""
@@ -45,31 +44,41 @@ def key(*numbers):
 
 def uniforms(seed, positions, count):
     """float32 (B, count) in [0, 1), a pure function of (seed, position, column)."""
-    start = mix(mix(np.array([seed], np.uint64)) ^ np.asarray(positions, np.uint64))                 # (B,)
-    bits = mix(start[:, None] + np.arange(count, dtype=np.uint64))                                   # (B, count)
+    start = mix(mix(np.array([seed], np.uint64)) ^ np.asarray(positions, np.uint64))    # (B,)
+    bits = mix(start[:, None] + np.arange(count, dtype=np.uint64))                      # (B, count)
     return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
-# ---- shapes -------------------------------------------------------------------------------------------------------
-# A shape is its signed distance: negative inside, zero on the outline, in units of the shape's radius, y upwards.
-# https://iquilezles.org/articles/distfunctions2d derives such formulas; these are written for whole batches.
+def noise_like_seed(seeds, shape, step=None):
+    """Standard normal noise (B, *shape): row k from seeds[k] (and the step) alone."""
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed if step is None else key(seed, step + 1))
+        rows.append(torch.randn(shape, generator=generator))
+    return torch.stack(rows)
+
+
+# ---- shapes -------------------------------------------------------------------------------------------
+# A shape is its signed distance: negative inside, 0 on the outline, in units of its radius, y upwards.
+# https://iquilezles.org/articles/distfunctions2d derives such formulas; these take whole batches.
 
 def star(x, y):
-    """Five points: fold the plane into one tenth of the star, where the outline is a straight line from tip to notch."""
+    """Five points: fold the plane into a tenth of the star, where the outline is a line from tip to notch."""
     tenth = torch.pi / 5
     angle, radius = torch.atan2(x, y).abs(), torch.hypot(x, y)
     angle = (angle - 2 * tenth * torch.round(angle / (2 * tenth))).abs()
-    tip_x, notch_x, notch_y = 1.0, 0.45 * np.cos(tenth), 0.45 * np.sin(tenth)
-    length = np.hypot(notch_y, tip_x - notch_x)
-    return ((radius * angle.cos() - tip_x) * notch_y + radius * angle.sin() * (tip_x - notch_x)) / length
+    notch_x, notch_y = 0.45 * np.cos(tenth), 0.45 * np.sin(tenth)       # the tip is at (1, 0)
+    off = (radius * angle.cos() - 1) * notch_y + radius * angle.sin() * (1 - notch_x)
+    return off / np.hypot(notch_y, 1 - notch_x)
 
 
 def heart(x, y):
     """Two arcs above, a right angle below."""
     x, y = x.abs() * 0.6, y * 0.6 + 0.55
     arc = torch.hypot(x - 0.25, y - 0.75) - 0.125**0.5
-    edge = torch.minimum(x.square() + (y - 1).square(), 2 * (x - y).square() / 4 + (x + y).clamp(max=0).square() / 2).sqrt()
-    return torch.where(x + y > 1, arc, edge * torch.sign(x - y)) / 0.6
+    side = (x - y).square() / 2 + (x + y).clamp(max=0).square() / 2
+    edge = torch.minimum(x.square() + (y - 1).square(), side).sqrt() * torch.sign(x - y)
+    return torch.where(x + y > 1, arc, edge) / 0.6
 
 
 def box(x, y, width, height):
@@ -89,92 +98,109 @@ SHAPES = {
 
 
 def hsv_to_rgb(h, s, v):
-    """(B,) each in [0, 1] to (B, 3)."""
+    """(B,) each in [0, 1] to (B, 3, 1, 1)."""
     ramp = (h[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6
-    return v[:, None] * (1 - s[:, None] * (1 - ((ramp - 3).abs() - 1).clamp(0, 1)))
+    rgb = v[:, None] * (1 - s[:, None] * (1 - ((ramp - 3).abs() - 1).clamp(0, 1)))
+    return rgb[..., None, None]
 
 
 class Shapes:
-    """Paper cut-outs: the centre moves by 12 % of the width either way, the size by 20 %, the angle by 18 degrees; the hue,
+    """The centre moves by 12 % of the width either way, the size by 20 %, the angle by 18 degrees. The hue,
     saturation and brightness of shape and paper are free."""
 
     def __init__(self, size=32, seed=0):
-        self.shape, self.seed, self.names, self.labelled, self.only = (3, size, size), seed, list(SHAPES), True, None
+        self.shape, self.seed, self.names = (3, size, size), seed, list(SHAPES)
+        self.labelled, self.only = True, None
         pixel = (torch.arange(size, dtype=torch.float32) + 0.5) / size - 0.5
-        self.x, self.y = pixel[None, None, :], -pixel[None, :, None]                                 # (1, 1, S), (1, S, 1)
+        self.x, self.y = pixel[None, None, :], -pixel[None, :, None]                    # (1, 1, S), (1, S, 1)
 
-    def keep_only(self, kind):
-        self.only = kind
+    def select(self, label):
+        """Forget the classes; keep only the images of this one, if it is not None."""
+        self.only, self.labelled, self.names = label, False, []
 
     def hold_out(self, count):
-        """x, y of `count` pictures that no run ever reaches in the stream."""
+        """x, y of `count` images that no run ever reaches in the stream."""
         return self[2**62 + np.arange(count)]
 
     def __getitem__(self, positions):
-        u = torch.from_numpy(uniforms(self.seed, positions, 11))                                     # (B, 11)
-        y = (u[:, 0] * len(SHAPES)).long() if self.only is None else torch.full((len(u),), self.only)
-        centre_x, centre_y = 0.12 * (2 * u[:, 1:3].T[..., None, None] - 1)                           # (B, 1, 1) each
+        u = torch.from_numpy(uniforms(self.seed, positions, 11))                        # (B, 11)
+        y = (u[:, 0] * len(SHAPES)).long()                                              # (B,)
+        if self.only is not None:
+            y = torch.full_like(y, self.only)
+        centre_x, centre_y = 0.12 * (2 * u[:, 1:3].T[..., None, None] - 1)              # (B, 1, 1) each
         radius = 0.3 * (1 + 0.2 * (2 * u[:, 3, None, None] - 1))
         angle = np.pi / 10 * (2 * u[:, 4, None, None] - 1)
-        dx, dy = (self.x - centre_x) / radius, (self.y - centre_y) / radius                          # (B, 1, S), (B, S, 1)
-        px, py = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()            # (B, S, S) each
+        dx, dy = (self.x - centre_x) / radius, (self.y - centre_y) / radius             # (B, 1, S), (B, S, 1)
+        px = dx * angle.cos() + dy * angle.sin()                                        # (B, S, S)
+        py = dy * angle.cos() - dx * angle.sin()                                        # (B, S, S)
         distance = torch.empty_like(px)
         for kind, formula in enumerate(SHAPES.values()):
             rows = (y == kind).nonzero()[:, 0]
             distance[rows] = formula(px[rows], py[rows])
-        cover = (0.5 - distance * radius * self.shape[-1]).clamp(0, 1)[:, None]                      # (B, 1, S, S), anti-aliased
-        ink = hsv_to_rgb(u[:, 5], 0.55 + 0.4 * u[:, 6], 0.6 + 0.4 * u[:, 7])[..., None, None]        # (B, 3, 1, 1)
-        paper = hsv_to_rgb(u[:, 8], 0.05 + 0.25 * u[:, 9], 0.86 + 0.14 * u[:, 10])[..., None, None]
-        return torch.lerp(paper, ink, cover) * 2 - 1, y if self.labelled else torch.zeros_like(y)    # (B, 3, S, S), (B,)
+        cover = (0.5 - distance * radius * self.shape[-1]).clamp(0, 1)[:, None]         # anti-aliased
+        ink = hsv_to_rgb(u[:, 5], 0.55 + 0.4 * u[:, 6], 0.6 + 0.4 * u[:, 7])
+        paper = hsv_to_rgb(u[:, 8], 0.05 + 0.25 * u[:, 9], 0.86 + 0.14 * u[:, 10])
+        x = torch.lerp(paper, ink, cover) * 2 - 1                                       # (B, 3, S, S)
+        return x, y if self.labelled else torch.zeros_like(y)
 
 
-# ---- finite sets --------------------------------------------------------------------------------------------------
+# ---- finite sets --------------------------------------------------------------------------------------
 
-class Stored:
+class FiniteDataset:
     """A finite set as an endless stream: a new order each epoch, mirrored at random if `mirror`.
 
-    read(indices, flip) -> float32 (B, C, S, S) with the rows of flip (bool) mirrored; labels (N,) int; names: of the classes.
+    read(indices, flip) -> float32 (B, C, S, S) with the rows of flip (bool) mirrored; labels (N,) int.
     """
 
     def __init__(self, read, labels, shape, names, seed, mirror=False):
-        self.read, self.labels, self.shape, self.seed, self.mirror = read, np.asarray(labels), tuple(shape), seed, mirror
-        self.names, self.labelled, self.orders = names, True, {}
+        self.read, self.labels, self.shape, self.names = read, np.asarray(labels), tuple(shape), names
+        self.seed, self.mirror, self.permutations = seed, mirror, {}
 
     def __len__(self):
         return len(self.labels)
 
-    def keep_only(self, label):
-        rows, read = np.flatnonzero(self.labels == label), self.read
-        if not len(rows):
-            raise ValueError(f"there is no picture of class {self.names[label]}; choose another for --labels")
+    def restrict(self, rows):
+        """Keep these rows only, in this order."""
+        read = self.read
         self.labels, self.read = self.labels[rows], lambda indices, flip: read(rows[indices], flip)
 
-    def hold_out(self, count):
-        """x, y of `count` pictures (at most a twentieth) that leave the stream, the same for every seed."""
-        shuffled, read, labels = np.random.default_rng(0).permutation(len(self)), self.read, self.labels
-        count = min(count, len(self) // 20)
-        held = shuffled[:count]
-        self.read, self.labels, self.orders = lambda indices, flip: read(shuffled[count:][indices], flip), labels[shuffled[count:]], {}
-        y = torch.from_numpy(labels[held]).long()
-        return read(held, np.zeros(count, bool)) if count else torch.zeros(0, *self.shape), y if self.labelled else torch.zeros_like(y)
+    def select(self, label):
+        """Forget the classes; keep only the images of this one, if it is not None."""
+        if label is not None:
+            self.restrict(np.flatnonzero(self.labels == label))
+        if not len(self):
+            raise ValueError(f"there is no image of class {self.names[label]}; choose another for --labels")
+        self.labels, self.names = np.zeros_like(self.labels), []
 
-    def order(self, epoch):
-        if epoch not in self.orders:    # keep two: a batch can lie across the border of epochs
-            self.orders = {**dict(list(self.orders.items())[-1:]), epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self))}
-        return self.orders[epoch]
+    def hold_out(self, count):
+        """x, y of `count` images (at most a twentieth) that leave the stream, the same for every seed."""
+        shuffled = np.random.default_rng(0).permutation(len(self))
+        count = min(count, len(self) // 20)
+        held, y = shuffled[:count], torch.from_numpy(self.labels[shuffled[:count]]).long()
+        x = self.read(held, np.zeros(count, bool)) if count else torch.zeros(0, *self.shape)
+        self.restrict(shuffled[count:])
+        return x, y
+
+    def permutation(self, epoch):
+        if epoch not in self.permutations:      # keep two: a batch can lie across the border of epochs
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+            self.permutations = {**dict(list(self.permutations.items())[-1:]), epoch: order}
+        return self.permutations[epoch]
 
     def __getitem__(self, positions):
         epochs, places = np.divmod(np.asarray(positions), len(self))
         indices = np.empty_like(places)
         for epoch in np.unique(epochs):
-            indices[epochs == epoch] = self.order(int(epoch))[places[epochs == epoch]]
-        flip = uniforms(self.seed, positions, 1)[:, 0] < 0.5 if self.mirror else np.zeros(len(indices), bool)
+            indices[epochs == epoch] = self.permutation(int(epoch))[places[epochs == epoch]]
+        flip = np.zeros(len(indices), bool)
+        if self.mirror:
+            flip = uniforms(self.seed, positions, 1)[:, 0] < 0.5
         y = torch.from_numpy(self.labels[indices]).long()
-        return self.read(indices, flip), y if self.labelled else torch.zeros_like(y)                 # (B, C, S, S), (B,)
+        return self.read(indices, flip), y                                              # (B, C, S, S), (B,)
 
 
-def pictures(read):
-    """What Stored reads, from read(indices) -> uint8 (B, C, S, S)."""
+def from_uint8(read):
+    """What FiniteDataset reads with, from read(indices) -> uint8 (B, C, S, S)."""
     def floats(indices, flip):
         x = torch.from_numpy(read(indices)).float() / 127.5 - 1
         return torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
@@ -185,66 +211,76 @@ def read_rgb(path):
     """An RGB Pillow image, transparency on white. ValueError names what it cannot read."""
     try:
         image = Image.open(path)
-        if image.mode.startswith("I;16"):       # Pillow would clip 16 bits, not scale them
+        if image.mode.startswith("I;16"):       # Pillow clips 16 bits, we scale them
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the picture {path} ({error}): replace or remove it") from error
+        raise ValueError(f"cannot read the image {path} ({error}): replace or remove it") from error
 
 
-def read_picture(path, size):
+def read_image(path, size):
     """uint8 (3, size, size): shorter side to size, centre crop."""
-    return np.asarray(ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    image = ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def find_images(path):
+    """torchvision's ImageFolder: .samples of (path, label), and .classes."""
+    from torchvision.datasets import ImageFolder
+    expected = "expected one sub-folder a class: PATH/cats/1.png, PATH/dogs/2.jpg, ..."
+    if not Path(path).is_dir():
+        raise ValueError(f"no folder {path}; {expected}")
+    try:
+        return ImageFolder(path)
+    except OSError as error:
+        raise ValueError(f"no images in {path} ({str(error).splitlines()[0]}); {expected}") from error
 
 
 def open_folder(path, size, seed):
-    from torchvision.datasets import ImageFolder
-    if not Path(path).is_dir():
-        raise ValueError(f"no folder {path}; expected one sub-folder a class: folder:PATH with PATH/cats/1.png, PATH/dogs/2.jpg, ...")
-    try:
-        folder = ImageFolder(path)
-    except OSError as error:
-        raise ValueError(f"no pictures to read in {path} ({str(error).splitlines()[0]}); expected one sub-folder a class with "
-                         "png, jpg or webp files in it, such as PATH/cats/1.png") from error
+    folder = find_images(path)
     paths, labels = zip(*folder.samples)
-    read_picture(paths[0], size)
-    return Stored(pictures(lambda indices: np.stack([read_picture(paths[i], size) for i in indices])), labels, (3, size, size),
-                  folder.classes, seed, mirror=True)
+    read_image(paths[0], size)
+    read = from_uint8(lambda indices: np.stack([read_image(paths[i], size) for i in indices]))
+    return FiniteDataset(read, labels, (3, size, size), folder.classes, seed, mirror=True)
 
 
-def stored_arrays(x, y, names, seed, mirror=False):
-    """From x uint8 (N, H, W, C) or (N, H, W), y integers (N,)."""
+def from_arrays(x, y, names, seed, mirror=False):
+    """From x uint8 (N, S, S, C) or (N, S, S), y integers (N,) from 0."""
     x, y = np.asarray(x), np.asarray(y)
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[1] != x.shape[2] or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
-        raise ValueError(f"expected x uint8 (N, S, S, C) or (N, S, S) and y integers (N,) from 0, found x {x.dtype} {x.shape}, y {y.dtype} {y.shape}")
+    good_x = x.dtype == np.uint8 and x.ndim in (3, 4) and x.shape[1] == x.shape[2]
+    if not good_x or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
+        raise ValueError("expected x uint8 (N, S, S, C) or (N, S, S) and y integers (N,) from 0, "
+                         f"found x {x.dtype} {x.shape}, y {y.dtype} {y.shape}")
     x = x[..., None] if x.ndim == 3 else x
-    x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))                                                # (N, C, S, S)
-    return Stored(pictures(lambda indices: x[indices]), y, x.shape[1:], names or [str(k) for k in range(int(y.max()) + 1)], seed, mirror)
+    x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))                                   # (N, C, S, S)
+    names = names or [str(k) for k in range(int(y.max()) + 1)]
+    return FiniteDataset(from_uint8(lambda indices: x[indices]), y, x.shape[1:], names, seed, mirror)
 
 
 def open_npz(path, seed):
     if not Path(path).is_file():
-        raise ValueError(f"no file {path}; expected npz:PATH with arrays x (uint8; N, H, W, C or N, H, W) and y (integers)")
+        raise ValueError(f"no file {path}; expected npz:PATH with x (uint8; N, H, W, C) and y (integers)")
     try:
         with np.load(path, allow_pickle=False) as file:
             x, y = file["x"], file["y"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an npz file with arrays x and y: {error}") from error
-    return stored_arrays(x, y, None, seed)
+    return from_arrays(x, y, None, seed)
 
 
 @contextlib.contextmanager
 def one_at_a_time(root):
     """The processes of torchrun that want the same download: the first makes it, the others then find it."""
+    import fcntl
     Path(root).mkdir(parents=True, exist_ok=True)
     if not os.access(root, os.W_OK):
         yield
         return
-    import fcntl
     with open(Path(root) / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)            # let go when the file is closed
+        fcntl.flock(lock, fcntl.LOCK_EX)        # released when the file is closed
         yield
 
 
@@ -255,18 +291,20 @@ def open_torchvision(name, root, seed):
             train = {"mnist": sets.MNIST, "cifar10": sets.CIFAR10}[name](root, train=True, download=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} is not in {root} and could not be downloaded ({reason}): copy it there, or use --data npz:PATH") from error
-    return stored_arrays(np.asarray(train.data), np.asarray(train.targets), [str(c) for c in train.classes], seed, name == "cifar10")
+        raise ValueError(f"{name} is not in {root} and could not be downloaded ({reason}): copy it there, "
+                         "or use --data npz:PATH") from error
+    x, y, names = np.asarray(train.data), np.asarray(train.targets), [str(c) for c in train.classes]
+    return from_arrays(x, y, names, seed, mirror=name == "cifar10")
 
 
-# ---- the one door -------------------------------------------------------------------------------------------------
+# ---- the one door -------------------------------------------------------------------------------------
 
-def open_dataset(name, size=None, seed=0, labels="all", root="data", vae="", mean=(), std=()):
-    """The stream called `name`: see the table above. It has .shape (C, S, S), .names of the classes, and len() if it is finite.
+def open_dataset(name, size=None, seed=0, labels="all", root="data"):
+    """The stream called `name`, of the table above but for latents. It has .shape (C, S, S), .names of the
+    classes, select(class), hold_out(count), and len() if it is finite.
 
-    size: of the pictures, for shapes and folders (default 32); other sets have their own. labels: "all"; "none", or a class by
-    name or number (only its pictures), and then names is empty and every y is 0. root: where downloads go. vae: the autoencoder of
-    latents, where their folder does not say; mean, std: theirs by channel, if not the folder's. ValueError: what was found and what to type.
+    size: of the images, for shapes and folders (default 32); others have their own. labels: "all", "none",
+    or a class by name or number. root: where downloads go. ValueError: what was found, what to type.
     """
     kind, _, path = name.partition(":")
     if kind == "shapes":
@@ -277,20 +315,19 @@ def open_dataset(name, size=None, seed=0, labels="all", root="data", vae="", mea
         data = open_npz(path, seed)
     elif kind in ("mnist", "cifar10"):
         data = open_torchvision(kind, root, seed)
-    elif kind == "latents":
-        from latents import open_latents
-        data, size = open_latents(path, seed, vae, mean, std), None
     else:
-        near = difflib.get_close_matches(kind, ["shapes", "mnist", "cifar10", "folder:PATH", "npz:PATH", "latents:DIR"], cutoff=0)
-        raise ValueError(f"unknown data {name!r}; nearest: {', '.join(near)}")
+        raise ValueError(f"unknown data {name!r}; one of: shapes, mnist, cifar10, folder:PATH, npz:PATH")
     if size and size != data.shape[-1]:
-        raise ValueError(f"{name} has pictures of {data.shape[-1]} pixels, not {size}; leave --image_size out, or use folder:PATH, which resizes")
-
-    if labels not in ("all", "none"):
-        data.keep_only(class_number(labels, data.names))
-    if labels != "all":
-        data.names, data.labelled = [], False
+        raise ValueError(f"{name} has images of {data.shape[-1]} pixels, not {size}; leave --image_size out, "
+                         "or use folder:PATH, which resizes")
+    select_labels(data, labels)
     return data
+
+
+def select_labels(data, labels):
+    """Keep "all" classes, "none" (all images, without classes), or the images of one, by name or number."""
+    if labels != "all":
+        data.select(None if labels == "none" else class_number(labels, data.names))
 
 
 def class_number(text, names):
@@ -303,39 +340,25 @@ def class_number(text, names):
     raise ValueError(f"no class {text!r}; there are {len(names)}, numbered 0..{len(names) - 1}: {listed}")
 
 
-# ---- noise and looking at them ----------------------------------------------------------------------------------------------
+# ---- looking at them ----------------------------------------------------------------------------------
 
-def noise_like_seed(seeds, shape, step=None):
-    """Standard normal noise (B, *shape): row k from seeds[k] (and the step) alone."""
-    rows = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed if step is None else key(seed, step + 1))
-        rows.append(torch.randn(shape, generator=generator))
-    return torch.stack(rows)
-
-
-def eight_bit(x):
-    """[-1, 1] to uint8: clamp(127.5 x + 128, 0, 255), rounded down."""
+def to_uint8(x):
+    """[-1, 1] to uint8, as FID has it: clamp(127.5 x + 128, 0, 255), rounded down."""
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
-def to_uint8(x):
-    """Pictures (B, C, S, S) in [-1, 1] to numpy uint8 (B, S, S, C)."""
-    return eight_bit(x).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def contact_sheet(x, columns, side=64):
-    """A Pillow image of pictures (B, C, S, S) in [-1, 1], row by row; small ones are magnified to about `side` pixels each."""
-    pictures = to_uint8(x)
+def image_grid(x, columns, side=64):
+    """A Pillow page of images (B, C, S, S) in [-1, 1], row by row, each magnified to about `side` pixels."""
     zoom, rows = max(1, side // x.shape[-1]), -(-len(x) // columns)
     cell = x.shape[-1] * zoom + 4
     page = Image.new("RGB", (columns * cell - 4, rows * cell - 4), "white")
-    for k, picture in enumerate(pictures):
-        image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture[..., :3])
-        page.paste(image.resize((cell - 4, cell - 4), Image.Resampling.NEAREST), (k % columns * cell, k // columns * cell))
+    for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()):
+        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3])
+        image = image.resize((cell - 4, cell - 4), Image.Resampling.NEAREST)
+        page.paste(image, (k % columns * cell, k // columns * cell))
     return page
 
 
 if __name__ == "__main__":
-    contact_sheet(Shapes(32)[np.arange(80)][0], columns=10).save("shapes.png")
+    image_grid(Shapes(32)[np.arange(80)][0], columns=10).save("shapes.png")
     print("80 shapes are in shapes.png. Next: python train.py")

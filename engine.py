@@ -1,0 +1,276 @@
+"""What a script runs on: processes, device, precision, signals, and the step that skips what is not finite.
+
+On one process every distributed call here does nothing, so a laptop and a cluster read the same lines.
+"""
+import contextlib
+import datetime
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import timeit
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+GRACE = 120         # seconds from a request to stop until the process leaves without saving
+MAX_SKIPPED = 100   # steps in a row that are not finite, after which the run ends
+
+
+def run(script):
+    """Call script(). A ValueError is for the user to mend: one line and status 2. Anything else is a bug."""
+    try:
+        script()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception:
+        if rank_and_world()[1] == 1:
+            raise
+        traceback.print_exc()       # a peer is lost: leave at once, a goodbye would wait for it
+        os._exit(1)
+
+
+# ---- processes ----------------------------------------------------------------------------------------
+
+def rank_and_world():
+    """(rank, number of processes), as torchrun has set them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*words):
+    if rank_and_world()[0] == 0:
+        print(*words, flush=True)
+
+
+def rank_batches(count, batch_size, rank, world):
+    """The first index of each of this process's batches. Batches are the same for any number of processes."""
+    return range(rank * batch_size, count, world * batch_size)
+
+
+def init_distributed(device=None, timeout=datetime.timedelta(minutes=30)):
+    """Enter the process group, if there are several: nccl on GPUs, gloo elsewhere (device None: always).
+
+    Returns a group on the CPU for what processes tell each other beside the tensors, or None.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return None
+    store = None
+    several_agents = os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not several_agents:
+        # torchrun keeps one store over its restarts, with the addresses of dead peers: use a new prefix
+        agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"restart{os.environ['TORCHELASTIC_RESTART_COUNT']}", agent)
+    on_gpu = device is not None and device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=timeout)
+    return dist.new_group(backend="gloo", timeout=timeout)
+
+
+def leave_distributed():
+    """Nobody leaves while another still listens."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def from_rank0(make, group):
+    """make() of process 0, in every process."""
+    found = [make() if rank_and_world()[0] == 0 else None]
+    if group is not None:
+        dist.broadcast_object_list(found, group=group)
+    return found[0]
+
+
+def gather(value, group):
+    """The values of all processes, in a list, in every process."""
+    if group is None:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def sum_over_ranks(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# ---- device and precision -----------------------------------------------------------------------------
+
+def pick_device(wanted):
+    """A torch.device, this process's own if there are several. ValueError if the wanted one is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(name for name in there if there[name]) if wanted == "auto" else wanted
+    if not there.get(name):
+        has = ", ".join(name for name in there if there[name])
+        raise ValueError(f"device {wanted!r} is not available; this machine has: {has}")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+def pick_dtype(wanted, device):
+    """The dtype of the matrix products; "auto": bfloat16 where it is faster, on a CPU by a try."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if device.type != "cpu":
+        return torch.float32
+
+    def seconds(dtype):
+        a = torch.ones(512, 512, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ a, number=1, repeat=6))
+    return torch.bfloat16 if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def can_compile(device):
+    """torch.compile is of no use on mps, and on a CPU needs a C++ compiler."""
+    has_compiler = bool(shutil.which(os.environ.get("CXX", "g++")))
+    return device.type == "cuda" or device.type == "cpu" and has_compiler
+
+
+def compile_network(net, device):
+    """torch.compile, with the same result for the same command."""
+    if device.type == "cpu":        # else two threads add up the gradient of the classes in any order
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False     # a help in debugging that costs time
+    return torch.compile(net)
+
+
+def wrap(net, device, fsdp, compiled):
+    """The network as the loop calls it: DDP where there are several processes, compiled or not."""
+    model = net
+    if rank_and_world()[1] > 1 and not fsdp and any(p.requires_grad for p in net.parameters()):
+        model = DistributedDataParallel(net, broadcast_buffers=False)
+    if compiled:
+        model = compile_network(model, device)
+    model.num_classes = net.num_classes
+    return model
+
+
+@contextlib.contextmanager
+def gradient_sync(net, model, on):
+    """Whether this backward pass sends its gradients to the other processes: once a step is enough."""
+    if hasattr(net, "set_requires_gradient_sync"):              # FSDP2
+        net.set_requires_gradient_sync(on)
+    with contextlib.nullcontext() if on or not hasattr(model, "no_sync") else model.no_sync():
+        yield
+
+
+def clip_gradient(net, largest):
+    """Clip to `largest` (0: do not); returns the norm over all processes, a scalar on the device."""
+    norm = nn.utils.clip_grad_norm_(net.parameters(), largest or float("inf"))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def optimizer_step(optimizer, finite):
+    """One step, or none where the gradient is not finite (a bool tensor on the device)."""
+    if type(optimizer) is torch.optim.AdamW:    # the fused kernel looks itself: the host does not wait
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:                                    # RAdam and Muon: the host waits for one number
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+class Skipped:
+    """Counts the steps that optimizer_step left out, on the device, so that counting does not wait for it."""
+
+    def __init__(self, device):
+        self.counts = torch.zeros(3, device=device)     # since the last report, in a row, a t of the last one
+
+    def look(self, loss, t):
+        """Remember a time t (B,) at which the loss (B,) is not finite."""
+        self.counts[2] = torch.where(loss.isfinite(), self.counts[2], t).max()
+
+    def add(self, finite):
+        self.counts[0] += ~finite
+        self.counts[1] = (self.counts[1] + 1) * ~finite
+
+    def take(self, step, group, tell):
+        """How many since the last report; begin anew. ValueError after MAX_SKIPPED in a row."""
+        lost, in_a_row, bad_t = self.counts.tolist()
+        self.counts[[0, 2]] = 0
+        if lost:
+            seen = ", ".join(f"t = {t:.3f} on process {rank}" for rank, t in enumerate(gather(bad_t, group)) if t)
+            tell(f"step {step}: {int(lost)} steps skipped, loss or gradient not finite (last seen at {seen})")
+        if in_a_row >= MAX_SKIPPED:
+            raise ValueError(f"{int(in_a_row)} steps in a row were not finite, up to step {step}: the last "
+                             "checkpoint is good. Look at the data, or lower --lr, and run the same command "
+                             "with --allow_change")
+        return int(lost)
+
+
+# ---- signals ------------------------------------------------------------------------------------------
+
+class Signals:
+    """SIGTERM and Ctrl-C ask to stop, SIGUSR1 to save: flags that all processes agree on once a step.
+
+    After a request to stop there are GRACE seconds: if a peer is lost, the step that waits for it never ends.
+    A thread counts them, since Python runs no handler while the main thread is inside such a step.
+    """
+
+    def __init__(self, group):
+        self.flags, self.group = torch.zeros(2, dtype=torch.int32), group
+
+    def __enter__(self):
+        handlers = {signal.SIGTERM: self.on_stop, signal.SIGINT: self.on_stop, signal.SIGUSR1: self.on_save}
+        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        signal.set_wakeup_fd(self.writer.fileno())  # the system writes every signal there, at once
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.watcher.start()
+        return self
+
+    def __exit__(self, *error):
+        signal.set_wakeup_fd(-1)
+        self.writer.close()                         # the watcher then ends
+        self.watcher.join()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def on_stop(self, number, frame):
+        self.flags[0] = number
+
+    def on_save(self, number, frame):
+        self.flags[1] = 1
+
+    def watch(self):
+        """Leave, without saving, when GRACE is over or somebody asks to stop a second time."""
+        asked = None
+        while True:
+            self.reader.settimeout(None if asked is None else max(0.01, asked + GRACE - time.monotonic()))
+            try:
+                number = self.reader.recv(1)
+            except TimeoutError:
+                break
+            if not number:                          # the run is over
+                return
+            if number[0] in (signal.SIGTERM, signal.SIGINT):
+                if asked and time.monotonic() - asked > 5:      # a terminal and torchrun both send Ctrl-C
+                    break
+                asked = asked or time.monotonic()
+        os.write(2, b"\nstopped without saving: the same command resumes from the last checkpoint\n")
+        os._exit(1)
+
+    def agree(self):
+        """(signal to stop for or 0, whether to save): the same answer in every process."""
+        flags, self.flags[1] = self.flags.clone(), 0
+        if self.group is not None:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        return flags.tolist()

@@ -1,0 +1,155 @@
+"""What a run tells: log.jsonl, loss.png, pages of images, and how well the machine is used."""
+import dataclasses
+import json
+import platform
+import resource
+import subprocess
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from checkpoint import atomic_write, ignore_disk_errors
+from data import image_grid
+from engine import sum_over_ranks
+from sample import generate
+
+# flop/s of dense bfloat16 products, by the device's name as torch gives it; no share is printed for others
+PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
+        "NVIDIA GeForce RTX 4090": 165e12}
+
+
+class Log:
+    """log.jsonl in the folder of a run: a header for every start, then a line a report. tell(line) says what fails."""
+
+    def __init__(self, out, config, first, tell):
+        self.path, self.tell, self.board, self.wandb = Path(out) / "log.jsonl", tell, None, None
+        if self.path.exists():      # a resumed run reports its later steps again; a cut line is dropped
+            lines = [line for line in self.path.read_text().splitlines()
+                     if line.endswith("}") and json.loads(line).get("step", 0) <= first]
+            with ignore_disk_errors(self.path, tell):
+                atomic_write(self.path, lambda file: file.write_text("".join(line + "\n" for line in lines)))
+        try:
+            if config.report_to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(out)
+            if config.report_to == "wandb":
+                import wandb        # the project is $WANDB_PROJECT
+                self.wandb = wandb.init(name=config.recipe, config=dataclasses.asdict(config), dir=out, resume="allow")
+        except ImportError as error:
+            raise ValueError(f"{error.name} is not installed: pip install {error.name}, "
+                             "or leave --report_to out") from error
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+        self.write({"config": dataclasses.asdict(config), "commit": commit, "torch": torch.__version__,
+                    "python": platform.python_version(), "from_step": first})
+
+    def write(self, line):
+        with ignore_disk_errors(self.path, self.tell), open(self.path, "a") as file:
+            print(json.dumps(line), file=file)
+        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        if self.board:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, line.get("step", 0))
+        if self.wandb and "step" in line:
+            self.wandb.log(numbers, step=line["step"])
+
+
+class LossByTime:
+    """Sums of the loss since the last report, by fifths of t, on the device: adding does not wait for it."""
+
+    def __init__(self, objective, device):
+        self.objective, self.sums = objective, torch.zeros(5, 3, device=device)
+
+    def add(self, loss, t):
+        """loss, t (B,): what is not finite is left out."""
+        plain = loss / self.objective.weight(t.clamp(max=1 - 1e-4))
+        rows = torch.stack([loss, plain, torch.ones_like(t)], 1)                        # (B, 3)
+        rows = torch.where(loss.isfinite()[:, None], rows, 0.0)
+        self.sums.index_add_(0, (5 * t).long().clamp(max=4), rows)
+
+    def take(self):
+        """{"loss", "loss_by_t"}, the latter without the weight of the times; then begin anew."""
+        sums = sum_over_ranks(self.sums)
+        total, count = sums[:, 0].sum().item(), max(1, sums[:, 2].sum().item())
+        by_t = (sums[:, 1] / sums[:, 2].clamp_min(1)).tolist()
+        self.sums.zero_()
+        return {"loss": total / count, "loss_by_t": [round(value, 5) for value in by_t]}
+
+
+# ---- how well the machine is used ---------------------------------------------------------------------
+
+def flops_per_image(net):
+    """Operations of one forward pass on one image: two per weight and token, and the attention products."""
+    tokens, width = (net.input_size // net.patch_size) ** 2, net.y_embedder.embedding_table.weight.shape[1]
+    flops = 4 * tokens**2 * width * len(net.blocks)
+    for name, module in net.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            once_an_image = "adaLN" in name or "t_embedder" in name
+            flops += 2 * module.weight.numel() * (1 if once_an_image else tokens)
+    return flops
+
+
+def forwards(objective):
+    """What a training step costs, in forward passes: 3 with the backward one, and those without gradient."""
+    teacher = {"none": 0, "ft-vs-fe": 1, "fc-vs-xz": 1, "fc-vs-fe": 2}[objective.style] * (objective.zeta > 0)
+    if objective.lam == 0:
+        return 3 + teacher
+    return 3 + teacher + (2 if objective.lam == 1 and objective.derivative != "backward" else 1)
+
+
+def peak_memory(device):
+    """GiB: the largest that the GPU's allocator, or on a CPU this process, has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def utilisation(net, objective, device, images_per_s):
+    """Memory in GiB, and on a GPU of PEAK the share of its peak that the training's products reach (mfu)."""
+    used = {"memory_gib": round(peak_memory(device), 3)}
+    peak = PEAK.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak:
+        used["mfu"] = round(forwards(objective) * flops_per_image(net) * images_per_s / peak, 4)
+    return used
+
+
+# ---- pictures -----------------------------------------------------------------------------------------
+
+def preview(model):
+    """A page of images, a column a class, by the model's own settings; of latents without decode, three channels."""
+    columns = min(model.net.num_classes, 10) or 8
+    classes = range(columns) if model.net.num_classes else None
+    _, x, _ = next(generate(model, range(8 * columns), 8 * columns, classes=classes))
+    return image_grid(x, columns)
+
+
+def draw_curves(out, size=(900, 420)):
+    """loss.png beside log.jsonl: the unweighted loss by fifths of t, on a log scale, and the held-out loss."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+    rows = [line for line in lines if "loss_by_t" in line]
+    if len(rows) < 2:
+        return
+    values = torch.tensor([row["loss_by_t"] for row in rows]).clamp_min(1e-6).log10()   # (rows, 5)
+    low, high, steps = values.min().item(), values.max().item() + 1e-3, rows[-1]["step"]
+    left, top, right, bottom = 70, 20, size[0] - 130, size[1] - 40
+    page = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(page)
+    pen.rectangle((left, top, right, bottom), outline="#bbbbbb")
+
+    def point(step, value):
+        x, y = min(step, steps) / steps, (min(max(value, low), high) - low) / (high - low)
+        return left + (right - left) * x, bottom - (bottom - top) * y
+    for k in range(5):
+        value = low + (high - low) * k / 4
+        pen.text((8, point(0, value)[1] - 6), f"{10**value:.4f}", fill="black")
+    for k, colour in enumerate(("#3b4cc0", "#7b9ff9", "#9a9a9a", "#f4987a", "#b40426")):
+        pen.line([point(row["step"], v) for row, v in zip(rows, values[:, k].tolist())], fill=colour, width=2)
+        pen.text((right + 10, top + 18 * k), f"t {k / 5:.1f} to {(k + 1) / 5:.1f}", fill=colour)
+    held_out = [(line["step"], line["held_out_loss"]) for line in lines if line.get("held_out_loss")]
+    if len(held_out) > 1:
+        pen.line([point(step, torch.tensor(v).log10().item()) for step, v in held_out], fill="black", width=1)
+        pen.text((right + 10, top + 18 * 6), "held out", fill="black")
+    pen.text((left, bottom + 12), f"loss by time against steps, 0 to {steps}", fill="black")
+    page.save(Path(out) / "loss.png")
