@@ -1,8 +1,8 @@
 """Weights on disk: model.safetensors for use, state_STEP.CHECKSUM.safetensors to go on training.
 
-A model file holds the averaged weights, and in its metadata the config and the class names. A state file holds all
-that decides the future of a run: weights, averages, teacher, optimiser, step, config. Randomness and the place in
-the data are functions of (seed, step), so there is nothing else. Nothing read here is ever executed.
+A model file holds the averaged weights, and in its metadata the config and the class names. A state file has
+all that decides the future of a run: weights, averages, teacher, optimiser, step, config. Randomness and the
+place in the data are functions of (seed, step), so there is nothing else. Nothing read here is ever executed.
 """
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ def flush(path):
 
 
 def atomic_write(path, write):
-    """Call write(temporary path), flush, rename: `path` holds its old bytes or all of the new, at any time."""
+    """Call write(temporary path), flush, rename: `path` holds the old bytes or all of the new, always."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -55,22 +55,22 @@ def ignore_disk_errors(what, tell):
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        tell(f"{what} could not be written ({error}): the old one is kept and the run goes on; free some disk space")
+        tell(f"{what} could not be written ({error}): the run goes on; free some disk space")
 
 
 # ---- metadata -----------------------------------------------------------------------------------------
 
 # Names of settings in files written before they were called by the paper's letters.
 OLD_NAMES = {"consistency_ratio": "lam", "enhancement_ratio": "zeta", "enhancement_style": "style",
-             "extrapolation": "kappa", "stochasticity": "rho", "cosine": "cosine_loss", "weight": "time_weight",
-             "beta": "time_beta", "eps": "dt", "data_output": "x_pred", "shard": "fsdp", "decay": "warmdown",
-             "clip": "grad_clip"}
+             "extrapolation": "kappa", "stochasticity": "rho", "cosine": "cosine_loss", "beta": "time_beta",
+             "weight": "time_weight", "eps": "dt", "data_output": "x_pred", "shard": "fsdp",
+             "decay": "warmdown", "clip": "grad_clip"}
 
 
 def write_metadata(net, config, names, **more):
     shape = [net.in_channels, net.input_size, net.input_size]
-    return {"format": "nanoUCGM 1", "config": json.dumps(dataclasses.asdict(config)), "names": json.dumps(names),
-            "shape": json.dumps(shape), **more}
+    return {"format": "nanoUCGM 1", "config": json.dumps(dataclasses.asdict(config)),
+            "names": json.dumps(names), "shape": json.dumps(shape), **more}
 
 
 def read_config(metadata):
@@ -94,7 +94,8 @@ def build(config, shape, num_classes):
     if config.model not in models:
         raise ValueError(f"unknown model {config.model!r}; nearest: {nearest(config.model, models)}")
     switches = {"x_pred": True} if config.x_pred else {}
-    net = models[config.model](input_size=shape[-1], in_channels=shape[0], num_classes=num_classes, **switches)
+    net = models[config.model](in_channels=shape[0], input_size=shape[-1], num_classes=num_classes,
+                               **switches)
     net.grad_checkpoint = config.grad_checkpoint
     return net
 
@@ -126,8 +127,8 @@ def find_model(path):
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"no model at {path}; expected a model.safetensors or the folder of a run, such as "
-                         "runs/shapes (python train.py makes that one), a published .pt, or hf://USER/REPO[/FILE]")
+        raise ValueError(f"no model at {path}; expected the folder of a run, such as runs/shapes (python "
+                         "train.py makes that one), a model.safetensors, a published .pt, or hf://USER/REPO")
     return file
 
 
@@ -157,7 +158,8 @@ def load_model(path, device="cpu", recipe=""):
     file, row = find_model(path), recipe_row(recipe) if recipe else {}
     tensors, metadata, extras = read_tensors(file, device)
     if metadata.get("format", "").startswith("nanoUCGM"):
-        config, names, shape = (read_config(metadata), json.loads(metadata["names"]), json.loads(metadata["shape"]))
+        config = read_config(metadata)
+        names, shape = json.loads(metadata["names"]), json.loads(metadata["shape"])
         config = dataclasses.replace(config, **{name: row[name] for name in SAMPLING & row.keys()})
         net = build(config, shape, len(names))
     else:
@@ -184,8 +186,9 @@ def push(repo, net, config, names, page=None, flags=""):
     settings = ", ".join(f"{name} {value}" for name, value in config.sampler().items())
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     card = (f"---\ntags: [nanoucgm, image-generation]\n---\n# {repo.rpartition('/')[2]}\n\n"
-            f"{config.model} on {config.data}, {millions:.1f} M parameters, trained with recipe `{config.recipe}` "
-            f"of nanoUCGM (UCGM, arXiv 2505.07447).\n\n{'![samples](samples.png)' if page else ''}\n\n"
+            f"{config.model} on {config.data}, {millions:.1f} M parameters, trained with recipe "
+            f"`{config.recipe}` of nanoUCGM (UCGM, arXiv 2505.07447).\n\n"
+            f"{'![samples](samples.png)' if page else ''}\n\n"
             f"    {command}\n\nIts own settings: {settings}.\n")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -194,7 +197,8 @@ def push(repo, net, config, names, page=None, flags=""):
         (folder / "README.md").write_text(card)
         if page:
             Image.open(page).convert("RGB").save(folder / "samples.png")
-        with hub_errors(f"the hub did not take {repo}", "expected USER/REPO of a user who is logged in (hf auth login)"):
+        hint = "expected USER/REPO of a user who is logged in (hf auth login)"
+        with hub_errors(f"the hub did not take {repo}", hint):
             HfApi().create_repo(repo, exist_ok=True)
             HfApi().upload_folder(repo_id=repo, folder_path=folder,
                                   commit_message=f"{config.model}, recipe {config.recipe}")
@@ -239,7 +243,8 @@ def save_state(out, tensors, net, config, names, step):
         temporary.unlink(missing_ok=True)
     for k, decay in enumerate(config.ema):
         prefix = f"ema{decay:g}."
-        weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        weights = {name.removeprefix(prefix): value for name, value in tensors.items()
+                   if name.startswith(prefix)}
         name = f"model_ema{decay:g}.safetensors" if k else "model.safetensors"
         save_model(out / name, weights, net, config, names)
     for path in sorted(out.glob("state_*.safetensors"), reverse=True)[KEEP:]:
@@ -252,11 +257,11 @@ def checksum(path):
 
 
 def newest_state(out):
-    """The newest state file in a folder whose bytes have their checksum, or None; damaged ones are renamed."""
+    """The newest state in a folder whose bytes have their checksum, or None; damaged ones are renamed."""
     for path in sorted(Path(out).glob("state_*.safetensors"), reverse=True):
         if checksum(path) == path.name.split(".")[1]:
             return path
-        print(f"{path} is damaged (its bytes do not have its checksum): using the one before, if there is one")
+        print(f"{path} is damaged (other bytes than its checksum): using the one before, if there is one")
         path.rename(path.with_suffix(".damaged"))
     return None
 
@@ -278,7 +283,7 @@ def restore_state(path, config, nets, optimizer):
     if config.optimizer != (kind := type(optimizer).__name__.lower()):
         raise ValueError(f"the run that is to go on has the state of {config.optimizer}, not of {kind}: "
                          "begin another --out with --init_from this one")
-    with safetensors.safe_open(path, "pt") as stored:       # closed afterwards: a pruned file gives its disk back
+    with safetensors.safe_open(path, "pt") as stored:      # closed afterwards: pruning frees the disk
         names = list(stored.keys())
         if lacking := [part for part in nets if not any(name.startswith(f"{part}.") for name in names)]:
             raise ValueError(f"the run that is to go on has no {' or '.join(lacking)}: leave --ema and the "

@@ -1,7 +1,7 @@
 """Every setting of a run, the command line, and the recipes.
 
-A field of `Config` is a flag of train.py: `--lr 1e-3` or `--lr=1e-3`; `--fresh` and `--no-fresh` for on and off.
-A recipe is a row of overrides; flags that are given win over it. A run's Config travels with its weights.
+A field of `Config` is a flag of train.py: `--lr 1e-3` or `--lr=1e-3`, `--fresh` or `--no-fresh`. A recipe is
+a row of overrides; flags that are given win over it. A run's Config travels with its weights.
 """
 import argparse
 import dataclasses
@@ -20,12 +20,12 @@ def setting(default, text, group=None):
 class Config:
     recipe: str = setting("shapes", "a row of the recipes below", "the run")
     out: str = setting("", "folder of the run; empty: runs/RECIPE")
-    init_from: str = setting("", "start from this model, and be taught by it: a run, a file, hf://USER/REPO[/FILE]")
+    init_from: str = setting("", "start from, and be taught by: a run, a file, hf://USER/REPO[/FILE]")
     seed: int = setting(0, "decides everything random")
     fresh: bool = setting(False, "start over; what the folder held is renamed, not lost")
     allow_change: bool = setting(False, "resume although settings that change the result differ")
     device: str = setting("auto", "cuda, mps or cpu; auto: the first of these that is there")
-    dtype: str = setting("auto", "of the matrix products: bfloat16 or float32; auto: bfloat16 where it is faster")
+    dtype: str = setting("auto", "of the products: bfloat16 or float32; auto: bfloat16 where it is faster")
     compile: bool | None = setting(None, "torch.compile; default: on a GPU, and on a CPU with a C++ compiler")
     fsdp: bool = setting(False, "FSDP2 over the processes, for networks that do not fit one GPU")
     grad_checkpoint: bool = setting(False, "recompute activations: less memory, a third more time")
@@ -36,13 +36,13 @@ class Config:
     labels: str = setting("all", "all; none: no classes; or one class, by name or number")
     vae: str = setting("", "autoencoder of latents: a name of latents.AUTOENCODERS, or NAME=PATH")
 
-    model: str = setting("TiT-XXS/4", "family-size/patch: DiT SiT LightningDiT TiT; XXS XS S B L XL; 1 2 4 8", "network")
-    x_pred: bool = setting(False, "the layers estimate the data and F follows (see model.py); for transport linear")
+    model: str = setting("TiT-XXS/4", "DiT SiT LightningDiT TiT - XXS XS S B L XL / 1 2 4 8", "network")
+    x_pred: bool = setting(False, "the layers estimate the data (see model.py); for transport linear")
 
     transport: str = setting("linear", "a row of objective.TRANSPORTS", "loss (objective.py)")
     lam: float = setting(0.0, "lambda, the consistency ratio: 0 many-step, 1 few-step")
     zeta: float = setting(0.0, "the enhancement ratio: how much guidance is trained in")
-    style: str = setting("none", "of enhancement: ft-vs-fe (from nothing), fc-vs-fe or fc-vs-xz (from --init_from)")
+    style: str = setting("none", "ft-vs-fe (from nothing), fc-vs-fe or fc-vs-xz (from --init_from)")
     enhance_range: tuple = setting((0.0, 0.75), "times at which enhancement works in full")
     huber: float = setting(0.0, "c of the pseudo-Huber loss; 0: root of the mean square")
     cosine_loss: bool = setting(False, "add the cosine loss")
@@ -60,7 +60,7 @@ class Config:
     betas: tuple = setting((0.9, 0.99), "of the optimiser")
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no limit")
     warmup: int = setting(200, "steps over which lr rises from 0")
-    warmdown: float = setting(0.7, "last part of the run, over which lr falls to 0 (half a cosine); 0: constant")
+    warmdown: float = setting(0.7, "last part of the run, over which lr falls to 0; 0: constant")
     ema: tuple = setting((0.999,), "decays of averaged weights; the first is the model, others lie beside it")
 
     sample_steps: int = setting(20, "steps of the sampler", "sampler (sampler.py), the default of sample.py")
@@ -79,26 +79,30 @@ class Config:
     latent_std: tuple = ()
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "save_every", "sample_steps"):
+        for name in AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.seed < 0 or not 0 <= min(self.warmdown, *self.ema) <= max(self.warmdown, *self.ema) <= 1:
-            raise ValueError(f"seed {self.seed} must be at least 0; ema {self.ema} and warmdown {self.warmdown} in 0..1")
+            raise ValueError(f"seed {self.seed} must be >= 0, ema {self.ema}, and {self.warmdown} in 0..1")
+        for name, allowed in WORDS.items():
+            if getattr(self, name) not in allowed:
+                words = ", ".join(word for word in allowed if word)
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of: {words}")
+        for name in FIXED_LENGTH:
+            wanted, found = getattr(Config, name), getattr(self, name)
+            if len(found) != len(wanted):
+                raise ValueError(f"{name} is {text_of(found)}; it wants {len(wanted)} numbers, such as "
+                                 f"{text_of(wanted)}")
+
+        self.check_pairs()
+
+    def check_pairs(self):
         if self.x_pred and self.transport != "linear":
             raise ValueError(f"x_pred is for transport linear, found {self.transport}: add --no-x_pred")
         if self.optimizer == "muon" and self.fsdp:
             raise ValueError("muon works on whole matrices: leave out --fsdp, or take --optimizer adamw")
         if self.model.startswith("DDT") and (self.x_pred or self.grad_checkpoint):
             raise ValueError("DDT has neither x_pred nor grad_checkpoint: leave them out")
-        for name, allowed in (("optimizer", ("adamw", "radam", "muon")), ("dtype", ("auto", "bfloat16", "float32")),
-                              ("report_to", ("", "tensorboard", "wandb"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of: {', '.join(filter(None, allowed))}")
-        for f in fields(self):
-            wanted, found = f.default, getattr(self, f.name)
-            if f.name in FIXED_LENGTH and len(found) != len(wanted):
-                raise ValueError(f"{f.name} is {text_of(found)}; it wants {len(wanted)} numbers, "
-                                 f"such as {text_of(wanted)}")
 
     def objective(self):
         return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective)})
@@ -110,6 +114,9 @@ class Config:
         return settings | {name: value for name, value in given.items() if value is not None}
 
 
+AT_LEAST_1 = ("steps", "batch_size", "log_every", "save_every", "sample_steps")
+WORDS = {"optimizer": ("adamw", "radam", "muon"), "dtype": ("auto", "bfloat16", "float32"),
+         "report_to": ("", "tensorboard", "wandb")}
 FIXED_LENGTH = ("enhance_range", "time_beta", "betas", "schedule", "gap", "cfg_interval")
 
 # What may differ between a run and its continuation: where and how fast it runs, and what it tells.
@@ -163,10 +170,11 @@ def recipe(*parts, **more):
 
 RECIPES = {
     "shapes":       recipe(SHAPES, MANY, steps=5000),                                     # FD-shapes 6.51 @20
-    "shapes-few":   recipe(SHAPES, FEW, steps=600, init_from="runs/shapes", rho=1.0, gap=(0.001, 0.5)),   # 9.87 @2
+    "shapes-few":   recipe(SHAPES, FEW, steps=600, init_from="runs/shapes", rho=1.0,
+                           gap=(0.001, 0.5)),                                             # 9.87 @2
     "shapes32":     recipe(SHAPES32, MANY, MUON, zeta=0.3, lr=5e-3, steps=15000),         # FD-shapes 1.59 @40
     "shapes32-few": recipe(SHAPES32, FEW32, steps=440),                                   # 1.67 @2
-    "shapes32-one": recipe(SHAPES32, FEW32, MUON, steps=1500, ema=(0.995,), sample_steps=1),              # 2.8 @1
+    "shapes32-one": recipe(SHAPES32, FEW32, MUON, steps=1500, ema=(0.995,), sample_steps=1),    # 2.8 @1
     "mnist":        recipe(MNIST, MANY, MUON, zeta=0.4, steps=9000),                      # FD-mnist 3.56 @40
     "mnist-few":    recipe(MNIST, FEW, MUON, lr=6e-3, warmup=100, steps=360, init_from="runs/mnist",
                            gap=(0.001, 0.85)),                                            # 3.63 @2
@@ -176,8 +184,8 @@ RECIPES = {
     "cifar10-few":  recipe(CIFAR, FEW, lr=1e-4, steps=10_000, init_from="runs/cifar10"),  # not run
 }
 
-# The published recipes (arXiv 2505.07447): ImageNet, 675 M parameters; FID of 50,000 images @ NFE, as published.
-# Not run here: they want GPU-days, ImageNet and downloads. Give --data latents:DIR, and --init_from to tune.
+# The published recipes (arXiv 2505.07447): ImageNet, 675 M parameters; published FID @ NFE. Not run here, for
+# they want GPU-days, ImageNet and downloads. Give --data latents:DIR, and to tune --init_from.
 LATENTS = dict(image_size=256, ema=(0.9999,), warmdown=0.0, warmup=0, batch_size=1024, grad_clip=0.1)
 WARP = (1.17, 0.8, 1.1)
 IN_MANY = LATENTS | dict(style="ft-vs-fe", cosine_loss=True, lr=2e-4, betas=(0.9, 0.95), grad_clip=1.0,
@@ -215,12 +223,12 @@ RECIPES |= {
     "tune-lightningdit": recipe(IN_TUNE, LIGHTNING, zeta=3.0, gap=(0.001, 0.6)),                    # 2.06 @2
     "tune-ddt":          recipe(IN_TUNE, DDT, zeta=1.9, batch_size=512, gap=(0.001, 0.5)),          # 1.90 @2
     # sample somebody else's model faster: give --ckpt
-    "repae":        recipe(FASTER, REPAE, cfg_scale=2.5, cfg_interval=(0.0, 0.76), sample_steps=40, kappa=0.54,
-                           schedule=(1.2, 0.72, 1.2), gap=(0.001, 0.002)),                          # 1.06 @80
-    "lightningdit": recipe(FASTER, LIGHTNING, cfg_scale=6.7, cfg_interval=(0.125, 1.0), kappa=0.5),  # 1.21 @100
-    "ddt":          recipe(FASTER, DDT, cfg_scale=2.0, cfg_interval=(0.3, 1.0), kappa=0.28),        # 1.27 @100
+    "repae":        recipe(FASTER, REPAE, cfg_scale=2.5, cfg_interval=(0.0, 0.76), sample_steps=40,
+                           kappa=0.54, schedule=(1.2, 0.72, 1.2), gap=(0.001, 0.002)),      # 1.06 @80
+    "lightningdit": recipe(FASTER, LIGHTNING, cfg_scale=6.7, cfg_interval=(0.125, 1.0), kappa=0.5),   # 1.21
+    "ddt":          recipe(FASTER, DDT, cfg_scale=2.0, cfg_interval=(0.3, 1.0), kappa=0.28),        # 1.27
     "ddt512":       recipe(FASTER, DDT, image_size=512, cfg_scale=3.0, cfg_interval=(0.3, 1.0), kappa=0.28,
-                           sample_steps=150),                                                       # 1.24 @300
+                           sample_steps=150),                                               # 1.24 @300
     "sit":          recipe(FASTER, REPA, transport="relinear", cfg_scale=1.5),      # no published setting
     "dit":          recipe(FASTER, model="DiT-XL/2", vae="sd-ema", transport="ddpm", cfg_scale=1.5,
                            schedule=(1.0, 1.0, 1.0)),                               # no published setting
@@ -262,8 +270,8 @@ def read_flags(kind, argv, doc, epilog=""):
 
     -h prints doc, every flag, and epilog. ValueError names the nearest flag to one that is unknown.
     """
-    parser = argparse.ArgumentParser(description=doc, epilog=epilog, allow_abbrev=False, usage="%(prog)s [--FLAG VALUE ...]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, epilog=epilog, usage="%(prog)s [--FLAG VALUE ...]",
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message}; {parser.prog} -h lists the flags")
     flags, group = [f for f in fields(kind) if "help" in f.metadata], parser
     for f in flags:

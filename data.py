@@ -15,7 +15,6 @@
 A finite set comes in a new order each epoch. A stream has no state: there is nothing to save, and processes
 need not agree on anything. `python data.py` draws a page of shapes.
 """
-import contextlib
 import os
 import zipfile
 from pathlib import Path
@@ -271,23 +270,15 @@ def open_npz(path, seed):
     return from_arrays(x, y, None, seed)
 
 
-@contextlib.contextmanager
-def one_at_a_time(root):
-    """The processes of torchrun that want the same download: the first makes it, the others then find it."""
-    import fcntl
-    Path(root).mkdir(parents=True, exist_ok=True)
-    if not os.access(root, os.W_OK):
-        yield
-        return
-    with open(Path(root) / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)        # released when the file is closed
-        yield
-
-
 def open_torchvision(name, root, seed):
+    import fcntl
+
     import torchvision.datasets as sets
+    Path(root).mkdir(parents=True, exist_ok=True)
+    lock_file = Path(root) / ".lock" if os.access(root, os.W_OK) else os.devnull
     try:
-        with one_at_a_time(root):
+        with open(lock_file, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)        # one process downloads, the others then find it
             train = {"mnist": sets.MNIST, "cifar10": sets.CIFAR10}[name](root, train=True, download=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

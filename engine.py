@@ -206,8 +206,10 @@ class Skipped:
         lost, in_a_row, bad_t = self.counts.tolist()
         self.counts[[0, 2]] = 0
         if lost:
-            seen = ", ".join(f"t = {t:.3f} on process {rank}" for rank, t in enumerate(gather(bad_t, group)) if t)
-            tell(f"step {step}: {int(lost)} steps skipped, loss or gradient not finite (last seen at {seen})")
+            times = enumerate(gather(bad_t, group))
+            seen = ", ".join(f"t = {t:.3f} on process {rank}" for rank, t in times if t)
+            if rank_and_world()[0] == 0:
+                tell(f"step {step}: {int(lost)} steps skipped, loss or gradient not finite (last at {seen})")
         if in_a_row >= MAX_SKIPPED:
             raise ValueError(f"{int(in_a_row)} steps in a row were not finite, up to step {step}: the last "
                              "checkpoint is good. Look at the data, or lower --lr, and run the same command "

@@ -6,64 +6,55 @@
     python fid.py --stats folder:cats --out cats.npz                    # of real images, to be a --ref
     python fid.py --train --data shapes --image_size 32                 # the feature network in assets/
 
-| metric            | compares                                                            | source           |
-|-------------------|---------------------------------------------------------------------|------------------|
-| FID               | mean and covariance of Inception's 2,048 pooled features            | arXiv 1706.08500 |
-| sFID              | the same of 7 channels of its 17x17 maps: where things are          | 2103.03841, ADM  |
-| IS                | how sure and how various its classes are, in chunks of 5,000        | 1606.03498, ADM  |
-| KID               | a cubic kernel's distance of the features                           | 1801.01401       |
-| precision, recall | how many lie within the 3rd-neighbour balls of the other set        | 1904.06991       |
-| FD-NAME           | as FID, with features of a small classifier trained here: NOT FID   | this file        |
+| metric            | compares                                                          | source           |
+|-------------------|-------------------------------------------------------------------|------------------|
+| FID               | mean and covariance of Inception's 2,048 pooled features          | arXiv 1706.08500 |
+| sFID              | the same of 7 channels of its 17x17 maps: where things are        | 2103.03841, ADM  |
+| IS                | how sure and how various its classes are, in chunks of 5,000      | 1606.03498, ADM  |
+| KID               | a cubic kernel's distance of the features                         | 1801.01401       |
+| precision, recall | how many lie within the 3rd-neighbour balls of the other set      | 1904.06991       |
+| FD-NAME           | as FID, with features of a small classifier trained here: NOT FID | this file        |
 
-The last printed line is JSON: the numbers, and all that decides them. FD-NAME comes with the floor (as many other
-real images in place of the generated), the accuracy (share named as the class that was asked for), and the
-variety (variance of the features within a class, over that of real images).
+The last line is JSON. FD-NAME comes with its floor (real images against other real ones), the accuracy (share
+named as the class asked for) and the variety (variance within a class, over that of real images).
 """
-import hashlib
 import itertools
 import json
 import sys
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import atomic_write
 from config import SamplerFlags, read_flags, setting
 from data import open_dataset, read_rgb, to_uint8
-from engine import (gather, init_distributed, leave_distributed, pick_device, print0, rank_and_world, rank_batches,
-                    run, sum_over_ranks)
+from engine import (gather, init_distributed, leave_distributed, pick_device, print0, rank_and_world,
+                    rank_batches, run, sum_over_ranks)
+from features import Inception, SmallFeatures, file_hash, train_features
 from sample import generate, open_model, save_arrays
 
-ASSETS = Path(__file__).parent / "assets"
-INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-             "pt_inception-2015-12-05-6726825d.pth")
 
 
 @dataclass
 class Options(SamplerFlags):
     ckpt: str = setting("", "the model that draws the images, as for sample.py", "what")
-    images: str = setting("", "instead: folder:PATH, or an .npz or .safetensors of uint8 images")
+    images: str = setting("", "instead: folder:PATH, or an .npz of uint8 images")
     ref: str = setting("", "what to compare with: statistics (.npz), or images as for --images")
     stats: str = setting("", "instead of scores: write the statistics of these images to --out")
     out: str = setting("ref.npz", "where --stats writes")
     num: int = setting(10000, "images to draw; published FIDs take 50000")
     seed: int = setting(0, "the images are those of seeds seed * num ... (seed + 1) * num - 1")
-    blocks: int = setting(1, "repeat with so many blocks of seeds: mean and range")
-    metrics: str = setting("fid,sfid,is", "of fid, sfid, is, kid, pr; the last two keep all features in memory")
-    features: str = setting("", "inception, shapes or mnist; empty: inception with --ref, else the data's own")
-    weights: str = setting("", "file of Inception weights; empty: fetched once from pytorch-fid's release")
+    metrics: str = setting("fid,sfid,is", "of fid, sfid, is, kid, pr; the last two keep all features")
+    features: str = setting("", "inception, shapes, mnist; empty: inception with --ref, else the data's")
+    weights: str = setting("", "file of Inception weights; empty: from pytorch-fid's release")
     resize: str = setting("torch-fidelity", "rule for Inception's 299 pixels: torch-fidelity or pytorch-fid")
     data: str = setting("", "FD-NAME: the real images; empty: what the model was trained on")
     data_dir: str = setting("data", "where mnist is kept")
@@ -85,12 +76,11 @@ class Moments(NamedTuple):
 def frechet(a, b):
     """The squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    With C1 = A A^T and C2 = B B^T the trace of the root is the sum of the singular values of A^T B: exact also
-    where there are fewer rows than features and C1, C2 are singular.
+    With C1 = A A^T and C2 = B B^T the trace of the root is the sum of the singular values of A^T B. That is
+    exact where there are fewer rows than features, too.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of width {len(a.mean)} against a reference of width {len(b.mean)}: "
-                         "it was made with other features")
+        raise ValueError(f"features of width {len(a.mean)} against a reference of width {len(b.mean)}")
 
     def factor(covariance):
         values, vectors = torch.linalg.eigh(covariance)
@@ -102,7 +92,7 @@ def frechet(a, b):
 
 
 def kernel_distance(a, b, size=1000, subsets=100):
-    """KID of feature rows (N, D), (M, D): the unbiased MMD^2 with the kernel (x y / D + 1)^3, over subsets."""
+    """KID of rows (N, D), (M, D): the unbiased MMD^2 with the kernel (x y / D + 1)^3, over subsets."""
     a, b, draw, values = a.double(), b.double(), np.random.default_rng(0), []
     size = min(size, len(a), len(b))
     for _ in range(subsets if size < max(len(a), len(b)) else 1):
@@ -126,7 +116,7 @@ def precision_recall(fake, real, k=3):
 # ---- statistics ---------------------------------------------------------------------------------------
 
 class Statistics:
-    """Sums over images, in float64: they add up over batches and over processes. keep: the features, too."""
+    """Sums over images, in float64: they add up over batches and over processes. keep: all features, too."""
 
     def __init__(self, keep=False):
         self.sums, self.keep, self.features, self.known = {}, keep, {}, {}
@@ -135,11 +125,11 @@ class Statistics:
         self.sums[name] = self.sums.get(name, 0) + value
 
     def add(self, first, out, y=None):
-        """out: name -> (B, width) for images first, first + 1, ...; among them "pool", and "scores" of classes."""
+        """out: name -> (B, width) for images first, first + 1, ...; among them "pool" and "scores"."""
         out = {name: value.double().cpu() for name, value in out.items()}
         scores, pool = out.pop("scores"), out["pool"]
         for name, rows in out.items():
-            self.put(f"{name} n", torch.tensor([float(len(rows))], dtype=torch.float64))
+            self.put(f"{name} n", rows.new_tensor(len(rows)))
             self.put(f"{name} total", rows.sum(0))
             self.put(f"{name} square", rows.T @ rows)
         p, log_p = scores.softmax(1), scores.log_softmax(1)
@@ -151,7 +141,7 @@ class Statistics:
             self.features[first] = pool.float()
         if y is not None:
             one_hot = F.one_hot(y, scores.shape[1]).double()                            # (B, K)
-            self.put("right", (scores.argmax(1) == y).double().mean() * len(y))
+            self.put("right", (scores.argmax(1) == y).double().sum())
             self.put("class n", one_hot.sum(0))
             self.put("class total", one_hot.T @ pool)
             self.put("class square", one_hot.T @ pool.square().sum(1))
@@ -159,11 +149,10 @@ class Statistics:
     def merge(self):
         """Make these the sums over all processes."""
         group = dist.group.WORLD if dist.is_initialized() else None
-        shapes = {k: v for part in gather({k: v.shape for k, v in self.sums.items()}, group) for k, v in part.items()}
-        for name in sorted(shapes):
-            value = self.sums.get(name, torch.zeros(shapes[name], dtype=torch.float64))
-            self.sums[name] = sum_over_ranks(value.contiguous())
-        self.features = {k: v for part in gather(self.features, group) for k, v in part.items()}
+        zeros = {name: torch.zeros_like(value) for name, value in self.sums.items()}
+        zeros = {name: value for part in gather(zeros, group) for name, value in part.items()}
+        self.sums = {name: sum_over_ranks(self.sums.get(name, zeros[name])) for name in sorted(zeros)}
+        self.features = {k: rows for part in gather(self.features, group) for k, rows in part.items()}
 
     def moments(self, name="pool"):
         """Moments of one kind of features, or None."""
@@ -181,7 +170,7 @@ class Statistics:
 
     @property
     def inception_score(self):
-        """exp of the mean divergence of an image's classes from all images' classes; mean over chunks of 5,000."""
+        """exp of the mean divergence of an image's classes from those of all; mean over chunks of 5,000."""
         values = []
         for sums in (value for name, value in self.sums.items() if name.startswith("chunk")):
             mean = sums[:-2] / sums[-1]
@@ -194,157 +183,21 @@ class Statistics:
 
     @property
     def spread(self):
-        """Variance of the features within a class, summed over them; mean over the classes."""
+        """Variance of the features within a class, mean over the classes."""
         n, total, square = (self.sums[f"class {what}"] for what in ("n", "total", "square"))
-        if not (several := n > 1).any():
+        if not (n > 1).any():
             raise ValueError("no class has two images, which the variety within classes wants: raise --num")
         variance = (square - total.square().sum(1) / n) / (n - 1)
-        return variance[several].mean().item()
-
-
-# ---- features -----------------------------------------------------------------------------------------
-
-def resize_matrix(size, rule, to=299):
-    """(to, size): row i mixes the two source pixels that bilinear resizing takes for pixel i.
-
-    torch-fidelity: as TensorFlow 1, pixel i looks at i size / to. pytorch-fid: at (i + 1/2) size / to - 1/2.
-    """
-    half = 0.0 if rule == "torch-fidelity" else 0.5
-    place = (torch.arange(to, dtype=torch.float64) + half) * size / to - half
-    place = place.clamp(0, size - 1)
-    low = place.long()
-    matrix = torch.zeros(to, size, dtype=torch.float64)
-    matrix[torch.arange(to), low] += 1 - (place - low)
-    matrix[torch.arange(to), (low + 1).clamp(max=size - 1)] += place - low
-    return matrix.float()
-
-
-class Inception(nn.Module):
-    """The network of FID: torchvision's Inception v3 with the weights of the first TensorFlow one, and its three
-    peculiarities: average pools that do not count the border, a maximum pool at the end, 1,008 classes."""
-
-    def __init__(self, weights="", resize="torch-fidelity"):
-        super().__init__()
-        net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
-                                              transform_input=False, init_weights=False)
-        tensors, self.hash = inception_weights(weights)
-        net.load_state_dict(tensors)
-        average = lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        for name, block in net.named_children():
-            if hasattr(block, "branch_pool"):
-                self.repool(block, (lambda x: F.max_pool2d(x, 3, 1, 1)) if name == "Mixed_7c" else average)
-        keep_spatial = lambda module, inputs, out: setattr(self, "spatial", out[:, :7])
-        net.Mixed_6d.branch1x1.register_forward_hook(keep_spatial)
-        self.head, net.fc = net.fc.weight, nn.Identity()
-        self.net, self.resize = net, resize
-        self.eval().requires_grad_(False)
-
-    @staticmethod
-    def repool(block, rule):
-        """Let the pooling branch of a block see rule(the block's input) in place of torchvision's pooling."""
-        seen = []
-        block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        block.branch_pool.register_forward_pre_hook(lambda module, inputs: rule(seen.pop()))
-
-    def forward(self, images):
-        """uint8 (B, C, H, W) of any size, C 1 or 3."""
-        x = images.to(self.head.device, torch.float32).expand(-1, 3, -1, -1)
-        down, across = (resize_matrix(size, self.resize).to(x.device) for size in x.shape[2:])
-        x = down @ x @ across.T                                                         # (B, 3, 299, 299)
-        x = (x - 128) / 128 if self.resize == "torch-fidelity" else x / 127.5 - 1
-        pool = self.net(x)                                                              # (B, 2048)
-        spatial = self.spatial.permute(0, 2, 3, 1).flatten(1)       # (B, 2023), in TensorFlow's order
-        return {"pool": pool, "spatial": spatial, "scores": pool @ self.head.T}         # as ADM: without bias
-
-
-def inception_weights(path):
-    """(state dict, hash) from a file, or from the cache of torch.hub, filled on first use."""
-    file = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rpartition("/")[2])
-    if not path and not file.is_file():
-        try:
-            torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True, weights_only=True)
-        except OSError as error:
-            raise ValueError(f"the Inception weights could not be fetched ({error}): put {INCEPTION} at {file}, "
-                             "or give --weights FILE") from error
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True), file_hash(file)
-    except Exception as error:
-        raise ValueError(f"{file} is not a file of Inception weights ({str(error).splitlines()[0]}): "
-                         f"expected {INCEPTION}") from error
-
-
-def file_hash(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-class SmallNet(nn.Module):
-    """Images (B, C, S, S) in [-1, 1] to class scores (B, classes) and features (B, 64)."""
-
-    def __init__(self, shape, classes):
-        super().__init__()
-        channels, size, _ = shape
-        layers, width = [], 32
-        while size > 4:
-            for inputs, stride in ((channels, 1), (width, 2)):
-                layers += [nn.Conv2d(inputs, width, 3, stride, padding=1), nn.GroupNorm(4, width), nn.SiLU()]
-            channels, width, size = width, min(64, 2 * width), (size + 1) // 2
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, 64))
-        self.head = nn.Linear(64, classes)
-
-    def forward(self, x):
-        pool = self.features(x)                                                         # (B, 64)
-        return {"pool": pool, "scores": self.head(F.silu(pool))}
-
-
-class SmallFeatures:
-    """The SmallNet in assets/ for a kind of images, on uint8 images. ValueError says how to make it."""
-
-    def __init__(self, kind, shape):
-        path = ASSETS / f"features-{kind}{shape[-1]}.safetensors"
-        if not path.is_file():
-            raise ValueError(f"no {path.name} in assets/: python fid.py --train --data {kind} "
-                             f"--image_size {shape[-1]} makes it")
-        tensors = {name: value.float() for name, value in safetensors.torch.load_file(path).items()}
-        self.net, self.hash = SmallNet(shape, len(tensors["head.bias"])), file_hash(path)
-        self.net.load_state_dict(tensors)
-        self.net.eval().requires_grad_(False)
-
-    def __call__(self, images):
-        return self.net(images.float() / 127.5 - 1)
-
-
-def train_features(data, kind, steps=1500):
-    """Train a SmallNet on a stream, save it in half precision, and print its accuracy on images it has not seen."""
-    torch.manual_seed(0)
-    x_test, y_test = data.hold_out(4000)
-    net = SmallNet(data.shape, len(data.names))
-    optimizer = torch.optim.AdamW(net.parameters(), 4e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    for step in tqdm(range(steps), unit="step"):
-        x, y = data[step * 128 + np.arange(128)]
-        x = x + 0.05 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)    # so that no single pixel decides
-        F.cross_entropy(net(x)["scores"], y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    net.half().float().eval()
-    with torch.no_grad():
-        accuracy = f"{(net(x_test)['scores'].argmax(1) == y_test).float().mean().item():.4f}"
-    path = ASSETS / f"features-{kind}{data.shape[-1]}.safetensors"
-    tensors = {name: value.half() for name, value in net.state_dict().items()}
-    metadata = {"accuracy": accuracy, "held_out": str(len(y_test))}
-    atomic_write(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))
-    print(f"{path}: names {accuracy} of {len(y_test)} held-out real images. Next: python fid.py --ckpt RUN "
-          "--steps 20, of a run on such images")
+        return variance[n > 1].mean().item()
 
 
 # ---- images -------------------------------------------------------------------------------------------
 
 def stored_images(source, batch_size):
-    """(first, uint8 (B, C, H, W)) of this process's batches of a folder, an .npz or a .safetensors file.
+    """(first, uint8 (B, C, H, W)) of this process's batches of a folder or an .npz file.
 
-    A folder is read with its sub-folders, in the order of the names; grey becomes RGB, transparency white. Where
-    sizes differ a batch is cut, so that each part holds one size.
+    A folder is read with its sub-folders, in the order of the names; grey becomes RGB, transparency white.
+    Where sizes differ a batch is cut, so that each part holds one size.
     """
     path = Path(source.rpartition(":")[2])
     if path.is_dir():
@@ -358,9 +211,7 @@ def stored_images(source, batch_size):
                 yield first, torch.from_numpy(batch).permute(0, 3, 1, 2)
                 first += len(batch)
         return
-    if not path.is_file():
-        raise ValueError(f"no images at {path}; expected folder:PATH, or an .npz or .safetensors file of uint8")
-    x = next((v for v in read_arrays(path).values() if v.dtype == np.uint8 and v.ndim == 4), None)
+    x = next((v for v in read_npz(path).values() if v.dtype == np.uint8 and v.ndim == 4), None)
     if x is None or x.shape[-1] not in (1, 3) or not len(x):
         raise ValueError(f"{path} holds no uint8 images (N, H, W, C), C 1 or 3")
     for first in rank_batches(len(x), batch_size, *rank_and_world()):
@@ -383,16 +234,16 @@ def stream_images(data, start, num, batch_size):
         yield first, to_uint8(x), *([y] if data.names else [])
 
 
-def read_arrays(path, leave=()):
-    """Name -> array of an .npz or .safetensors file, but those to leave; never a pickle."""
-    if Path(path).suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"{path} must be an .npz or .safetensors file; pickles can run any code and are refused")
+def read_npz(path, leave=()):
+    """Name -> array of an .npz file, but those to leave; never a pickle."""
+    if not Path(path).is_file():
+        raise ValueError(f"no images at {path}; expected folder:PATH, or an .npz file")
+    if Path(path).suffix != ".npz":
+        raise ValueError(f"{path} must be an .npz file; pickles can run any code and are refused")
     try:
-        if Path(path).suffix == ".safetensors":
-            return {name: value.numpy() for name, value in safetensors.torch.load_file(path).items()}
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name not in leave}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged or holds more than plain arrays: {error}") from error
 
 
@@ -401,20 +252,19 @@ def is_statistics(path):
 
 
 def read_reference(path):
-    """(Statistics, how they were made, if it says) of an npz with mu, sigma and perhaps ADM's mu_s, sigma_s."""
-    arrays, result = read_arrays(path, leave=("arr_0",)), Statistics()
+    """(Statistics, how they were made, if it says) of an npz with mu, sigma, perhaps ADM's mu_s, sigma_s."""
+    arrays, result = read_npz(path, leave=("arr_0",)), Statistics()
     for name, end in (("pool", ""), ("spatial", "_s")):
         if "mu" + end not in arrays or "sigma" + end not in arrays:
             continue
         mean, covariance = (torch.from_numpy(arrays[key + end]).double() for key in ("mu", "sigma"))
-        finite = mean.isfinite().all() and covariance.isfinite().all()
-        if covariance.shape != 2 * mean.shape or not finite:
+        if covariance.shape != 2 * mean.shape or not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError(f"{path}: mu{end} {tuple(mean.shape)} and sigma{end} {tuple(covariance.shape)} "
                              "are not a finite mean and covariance")
         result.known[name] = Moments(0, mean, covariance)
     if "pool" not in result.known:
         raise ValueError(f"{path} holds {', '.join(arrays)}; expected mu and sigma")
-    made = json.loads(str(arrays["made"])) if "made" in arrays else {}
+    made = json.loads(str(arrays.get("made", "{}")))
     kind = "the ADM kind" if "spatial" in result.known else "the pytorch-fid kind"
     print0(f"{path}: statistics of {f'this program, {json.dumps(made)}' if made else kind}")
     return result, made
@@ -423,15 +273,11 @@ def read_reference(path):
 # ---- the scores ---------------------------------------------------------------------------------------
 
 def collect(batches, count, features, keep=False):
-    """Statistics of the (first, uint8 images[, y]) batches of all processes; count of images, 0 if not known."""
-    result, start, (rank, world) = Statistics(keep), time.perf_counter(), rank_and_world()
+    """Statistics of (first, uint8 images[, y]) batches, of all processes; count of images, 0: not known."""
+    result, (rank, world) = Statistics(keep), rank_and_world()
     bar = tqdm(total=count or None, unit="image", disable=rank > 0)
     for first, images, *y in batches:
         result.add(first, features(images), *y)
-        left = (time.perf_counter() - start) * (count / len(images) / world - 1)
-        if first == 0 and left > 1800:
-            bar.write(f"{count} images will take about {left / 3600:.1f} hours here; "
-                      f"--num {int(count * 1800 / left)} takes half an hour")
         bar.update(len(images) * world)
     bar.close()
     result.merge()
@@ -463,69 +309,77 @@ def compare(kind, metrics, fake, real, floor):
     return values
 
 
-def pick_features(options, model, source):
-    """inception, shapes or mnist. ValueError if nothing fits."""
-    kind = options.features or ("inception" if options.ref else "")
-    if not kind and source == "shapes":
-        kind = "shapes"
-    if not kind and source.startswith(("mnist", "npz:")) and model.shape == (1, 28, 28):
-        kind = "mnist"
-    if not kind:
-        raise ValueError(f"there are small features for shapes and mnist only, not for {source}: "
-                         "give --ref folder:PATH for FID")
-    if kind != "inception" and not model:
-        raise ValueError(f"features {kind} are for what a model draws: give --ckpt, or --features inception")
-    return kind
+def pick_features(options, model):
+    """inception, shapes or mnist. ValueError if nothing fits, or if it is not said what to compare."""
+    kind, source = options.features, options.data or (model.config.data if model else "")
+    if bool(options.ckpt) == bool(options.images):
+        raise ValueError("which images? give --ckpt, such as --ckpt runs/shapes-few, or --images folder:PATH")
+    if options.images and kind not in ("", "inception"):
+        raise ValueError(f"features {kind} are for what a model draws: give --ckpt")
+    if not options.ref and (options.images or kind == "inception"):
+        raise ValueError("compare with what? give --ref, such as in1k256_fid_ref.npz or folder:real")
+    if kind or options.ref:
+        return kind or "inception"
+    if source == "shapes":
+        return "shapes"
+    if source.startswith(("mnist", "npz:")) and model.shape == (1, 28, 28):
+        return "mnist"
+    raise ValueError(f"there are features for shapes and mnist only, not for {source}: give "
+                     "--ref folder:PATH")
+
+
+def inception_reference(options, features, keep):
+    """(Statistics of --ref, how they were made if it says)."""
+    if not is_statistics(options.ref):
+        return collect(stored_images(options.ref, options.batch_size), 0, features, keep), None
+    real, made = read_reference(options.ref)
+    if keep:
+        real.features = collect(stored_images(options.ref, options.batch_size), 0, features, keep).features
+    return real, made
+
+
+def small_reference(options, features, data, num):
+    """(Statistics of real images, of as many others)."""
+    return [collect(stream_images(data, start, num, options.batch_size), num, features) for start in (0, num)]
 
 
 def evaluate(options):
     """The results as a dict: the scores, and everything that decides them."""
-    device, metrics = pick_device(options.device), options.metrics.split(",")
+    device, metrics, num = pick_device(options.device), options.metrics.split(","), options.num
     if wrong := set(metrics) - {"fid", "sfid", "is", "kid", "pr"}:
         raise ValueError(f"unknown metrics {', '.join(sorted(wrong))}; use some of fid,sfid,is,kid,pr")
-    if bool(options.ckpt) == bool(options.images):
-        raise ValueError("which images? give --ckpt, such as --ckpt runs/shapes-few, or --images folder:PATH")
-    if not options.ref and (options.images or options.features == "inception"):
-        raise ValueError("compare with what? give --ref, such as in1k256_fid_ref.npz or folder:real")
     model = open_model(options.ckpt, device, options.dtype) if options.ckpt else None
-    source, num, keep = options.ref or options.data or model.config.data, options.num, "kid" in metrics or "pr" in metrics
-    kind, size = pick_features(options, model, source), options.batch_size
-    floor = made = None
+    kind, keep, floor, made = pick_features(options, model), "kid" in metrics or "pr" in metrics, None, None
+    source = options.ref or options.data or model.config.data
     if kind == "inception":
         features = Inception(options.weights, options.resize).to(device)
-        if is_statistics(source):
-            real, made = read_reference(source)
-        if not is_statistics(source) or keep:
-            known = real.known if is_statistics(source) else {}
-            real = collect(stored_images(source, size), 0, features, keep)
-            real.known = known
+        real, made = inception_reference(options, features, keep)
     else:
-        side = model.shape[-1] if source == "shapes" else None
-        data = open_dataset(source, side, 1000, model.config.labels, options.data_dir)
-        features, num = SmallFeatures(kind, data.shape), min(num, len(data) // 2) if hasattr(data, "__len__") else num
-        real, floor = (collect(stream_images(data, start, num, size), num, features) for start in (0, num))
-    rows = []
-    for block in range(options.seed, options.seed + options.blocks):
-        images = stored_images(options.images, size) if options.images else \
-            drawn_images(model, range(block * num, (block + 1) * num), options, kind != "inception" and bool(model.names))
-        fake = collect(images, 0 if options.images else num, features, keep)
-        rows.append(compare(kind, metrics, fake, real, floor))
+        size = model.shape[-1] if source == "shapes" else None
+        data = open_dataset(source, size, 1000, model.config.labels, options.data_dir)
+        features = SmallFeatures(kind, data.shape)
+        num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
+        real, floor = small_reference(options, features, data, num)
+    seeds = range(options.seed * num, (options.seed + 1) * num)
+    if model:
+        labelled = kind != "inception" and bool(model.names)
+        fake = collect(drawn_images(model, seeds, options, labelled), num, features, keep)
+    else:
+        fake = collect(stored_images(options.images, options.batch_size), 0, features, keep)
     n = fake.moments().n
     if kind == "inception" and n < 2048:
         print0(f"N = {n} is below the 2,048 features: the covariance is singular and FID far too high; "
                "compare only with other FIDs at this N")
-    result = {name: round(float(np.mean([row[name] for row in rows])), 5) for name in rows[0]}
-    if options.blocks > 1:
-        result["range"] = {name: [round(f(row[name] for row in rows), 5) for f in (min, max)] for name in rows[0]}
-    result |= {"N": n, "ref": source, "ref_hash": file_hash(source) if Path(source).is_file() else None, "ref_made": made,
-               "features": f"{kind} {features.hash}", "uint8": "clamp(127.5 x + 128)",
+    result = {name: round(value, 5) for name, value in compare(kind, metrics, fake, real, floor).items()}
+    result |= {"N": n, "ref": source, "ref_hash": file_hash(source) if Path(source).is_file() else None,
+               "ref_made": made, "features": f"{kind} {features.hash}", "uint8": "clamp(127.5 x + 128)",
                "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__}}
     if kind == "inception":
         result["resize"] = options.resize
     if model:
-        seeds = [options.seed * num, (options.seed + options.blocks) * num - 1]
-        result |= {"seeds": seeds, "ckpt": str(options.ckpt), "dtype": str(model.dtype)[6:], "device": str(device),
-                   "NFE": model.nfe(**options.given()), "sampler": model.config.sampler(**options.given())}
+        result |= {"seeds": [seeds[0], seeds[-1]], "ckpt": str(options.ckpt), "dtype": str(model.dtype)[6:],
+                   "device": str(device), "NFE": model.nfe(**options.given()),
+                   "sampler": model.config.sampler(**options.given())}
     return result
 
 

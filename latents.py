@@ -1,21 +1,20 @@
-"""Latents: pretrained autoencoders, data sets encoded by one of them, and what published recipes need from the hub.
+"""Latents: pretrained autoencoders, data sets encoded by one, and what published recipes need from the hub.
 
     torchrun --nproc_per_node=8 latents.py encode --data folder:/imagenet/train --vae sd-ema --out latents256
     python train.py --recipe in256-sd --data latents:latents256
     python latents.py fetch in256-sd        # autoencoder, FID reference and published weights
 
-An encoded folder holds shards latents_rank00_shardKKK.safetensors (latents, latents_flip: float32 N C h w; labels:
-int64), their statistics latents_stats.pt (mean, std: 1 C 1 1) and manifest.json (which image is in which shard,
-which could not be read). UCGM and LightningDiT publish the same files, and theirs are read as well.
+An encoded folder holds shards latents_rank00_shardKKK.safetensors (latents, latents_flip: float32 N C h w;
+labels: int64), statistics latents_stats.pt (mean, std: 1 C 1 1) and manifest.json (which image is in which
+shard, which could not be read). UCGM and LightningDiT publish the same files, and theirs are read as well.
 """
-import fnmatch
 import json
 import os
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +41,11 @@ class Kind(NamedTuple):
 
 
 AUTOENCODERS = {
-    "sd-ema":    Kind("AutoencoderKL", "stabilityai/sd-vae-ft-ema", 0.18215, False),                # f8, C 4
-    "sd-mse":    Kind("AutoencoderKL", "stabilityai/sd-vae-ft-mse", 0.18215, False),                # f8, C 4
-    "e2e-vavae": Kind("AutoencoderKL", "REPA-E/e2e-vavae-hf", 1.0, True),                           # f16, C 32
-    "vavae":     Kind("ldm", "hustvl/vavae-imagenet256-f16d32-dinov2", 1.0, True),                  # f16, C 32
-    "dc-ae":     Kind("AutoencoderDC", "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 1.0, True),     # f32, C 32
+    "sd-ema":    Kind("AutoencoderKL", "stabilityai/sd-vae-ft-ema", 0.18215, False),            # f8, C 4
+    "sd-mse":    Kind("AutoencoderKL", "stabilityai/sd-vae-ft-mse", 0.18215, False),            # f8, C 4
+    "e2e-vavae": Kind("AutoencoderKL", "REPA-E/e2e-vavae-hf", 1.0, True),                       # f16, C 32
+    "vavae":     Kind("ldm", "hustvl/vavae-imagenet256-f16d32-dinov2", 1.0, True),              # f16, C 32
+    "dc-ae":     Kind("AutoencoderDC", "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 1.0, True),  # f32, C 32
 }
 
 
@@ -65,17 +64,22 @@ class Options:
 
 # ---- autoencoders -------------------------------------------------------------------------------------
 
+def by_channel(values):
+    """(1, C, 1, 1) float32 from C numbers."""
+    return torch.as_tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+
+
 class Autoencoder:
     """Images (B, 3, S, S) in [-1, 1] to latents (B, C, h, w) and back.
 
-    name: of AUTOENCODERS, or NAME=PATH. mean, std: by channel; the network sees (latent - mean) / std; empty: what
-    comes with the autoencoder. ValueError: no diffusers, unknown name, nothing at PATH, no statistics.
+    name: of AUTOENCODERS, or NAME=PATH. mean, std: by channel; the network sees (latent - mean) / std; empty:
+    what comes with the autoencoder. ValueError: no diffusers, unknown name, nothing at PATH, no statistics.
     """
 
     def __init__(self, name, mean=(), std=()):
         self.kind, self.net = load_autoencoder(name)
         if mean:
-            self.mean, self.std = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, std))
+            self.mean, self.std = by_channel(mean), by_channel(std)
         else:
             stats = find_stats(name, self.net.config) if self.kind.normalised else {}
             self.mean, self.std = normalisation(name, stats)
@@ -86,12 +90,12 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, x, noise):
-        """Raw latents; where the encoder gives a distribution, its sample by noise(shape)."""
+        """Raw latents; where the encoder gives a distribution, its sample by noise(shape of one)."""
         posterior = self.net.encode(x)
         if hasattr(posterior, "latent"):
             return posterior.latent
         mean, std = posterior.latent_dist.mean, posterior.latent_dist.std
-        return mean + std * noise(mean.shape).to(mean)
+        return mean + std * noise(mean.shape[1:]).to(mean)
 
     @torch.no_grad()
     def decode(self, x, at_once=8):
@@ -116,8 +120,8 @@ def load_autoencoder(name):
     """(Kind, frozen network in float32)."""
     short, _, path = name.partition("=")
     if short not in AUTOENCODERS:
-        raise ValueError(f"unknown autoencoder {short!r}; one of {', '.join(AUTOENCODERS)}, or NAME=PATH with one of "
-                         "these names and a local folder")
+        raise ValueError(f"unknown autoencoder {short!r}; one of {', '.join(AUTOENCODERS)}, or NAME=PATH "
+                         "with one of these names")
     try:
         import diffusers
     except ImportError as error:
@@ -132,13 +136,14 @@ def load_autoencoder(name):
             load = getattr(diffusers, kind.loader).from_pretrained
             net = load(path or kind.home, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     except (OSError, EOFError, KeyError, RuntimeError) as error:
-        raise ValueError(f"cannot load {name} from {path or kind.home} ({str(error).splitlines()[0]}): give --vae "
-                         f"{short}=PATH, a local copy, or fetch it where there is a network") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot load {name} from {path or kind.home} ({reason}): give --vae {short}=PATH, "
+                         "a local copy, or fetch it where there is a network") from error
     return kind, net.eval().requires_grad_(False)
 
 
 def from_ldm(tensors):
-    """A diffusers AutoencoderKL from the names of latent diffusion (VA-VAE: attention within the last level)."""
+    """A diffusers AutoencoderKL from latent diffusion's names (VA-VAE: attention within the last level)."""
     from diffusers import AutoencoderKL
     tensors = tensors.get("state_dict", tensors)
     parts = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")
@@ -171,14 +176,15 @@ def from_ldm(tensors):
 
 
 def find_stats(name, config):
-    """{"mean", "std"} as an autoencoder brings them: in its config, or latents_stats.pt in its folder or repository."""
+    """{"mean", "std"} as an autoencoder brings them: in its config, or latents_stats.pt beside it."""
     if getattr(config, "latents_mean", None) is not None:
         return {"mean": config.latents_mean, "std": config.latents_std}
     short, _, path = name.partition("=")
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
         from huggingface_hub import hf_hub_download
-        file = folder / "latents_stats.pt" if path else hf_hub_download(AUTOENCODERS[short].home, "latents_stats.pt")
+        name = "latents_stats.pt"
+        file = folder / name if path else hf_hub_download(AUTOENCODERS[short].home, name)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception:           # whatever the reason, normalisation says what to do about it
         return {}
@@ -190,16 +196,15 @@ def normalisation(name, stats):
     if not kind.normalised:
         return torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 1 / kind.multiplier)
     if stats.get("mean") is None or stats.get("std") is None:
-        raise ValueError(f"{name} wants statistics of its latents, and none are here: a latents_stats.pt (mean, std: "
-                         "1 C 1 1) belongs into the folder of latents:DIR, or into that of --vae NAME=PATH")
-    mean, std = (torch.as_tensor(stats[key], dtype=torch.float32).view(1, -1, 1, 1) for key in ("mean", "std"))
-    return mean, std / kind.multiplier
+        raise ValueError(f"{name} wants statistics of its latents: put a latents_stats.pt (mean, std: 1 C 1 "
+                         "1) into the folder of latents:DIR, or of --vae NAME=PATH")
+    return by_channel(stats["mean"]), by_channel(stats["std"]) / kind.multiplier
 
 
 # ---- encoding -----------------------------------------------------------------------------------------
 
 def centre_crop(image, size):
-    """An RGB image to size x size as ADM does it: halve by boxes while twice too large, bicubic, crop the middle."""
+    """An RGB image to size x size as ADM does it: halve by boxes while twice too large, bicubic, crop."""
     width, height = image.size
     short = min(width, height)
     if max(width, height) > 4 * short:          # a strip: cut the ends first, they would be cut anyway
@@ -222,11 +227,11 @@ def read_cropped(path, size):
 
 
 def encode(options):
-    """Encode a folder. Shards that are there already are kept: the same command goes on after an interruption."""
+    """Encode a folder. Shards that are there are kept: the same command goes on after an interruption."""
     rank, world = rank_and_world()
     kind, _, root = options.data.partition(":")
     if kind != "folder":
-        raise ValueError(f"data {options.data!r} is not folder:PATH with PATH/cats/1.jpg, PATH/dogs/2.jpg, ...")
+        raise ValueError(f"data {options.data!r} is not folder:PATH, with PATH/cats/1.jpg, ...")
     folder = find_images(root)
     paths, labels = zip(*folder.samples)
     device, out = pick_device(options.device), Path(options.out)
@@ -243,7 +248,8 @@ def encode(options):
     for path, rows in mine.items():
         if path.is_file():
             if (before := map_shard(path)[1]["settings"]) != settings:
-                raise ValueError(f"{path} was encoded with {before}, not {settings}: take another --out, or remove it")
+                raise ValueError(f"{path} was encoded with {before}, not {settings}: take another --out, "
+                                 "or remove it")
             bar.update(len(rows))
             continue
         tensors, bad = encode_shard(autoencoder, paths, rows, options, device, bar)
@@ -256,13 +262,17 @@ def encode(options):
         notes = {"settings": settings, "pictures": [os.path.relpath(paths[k], root) for k in kept],
                  "unreadable": [[os.path.relpath(paths[k], root), why] for k, why in bad.items()]}
         metadata = {"notes": json.dumps(notes)}         # one entry: safetensors writes several in any order
-        atomic_write(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))       # noqa: B023
+        write_shard(path, tensors, metadata)
     bar.close()
     if world > 1:
         dist.barrier()
     if rank == 0:
         finish(out, settings, folder.classes)
     leave_distributed()
+
+
+def write_shard(path, tensors, metadata):
+    atomic_write(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))
 
 
 def encode_shard(autoencoder, paths, rows, options, device, bar):
@@ -280,8 +290,7 @@ def encode_shard(autoencoder, paths, rows, options, device, bar):
             continue
         x = torch.from_numpy(np.stack(list(good.values()))).to(device).float() / 127.5 - 1
         for side, (name, view) in enumerate((("latents", x), ("latents_flip", x.flip(-1)))):
-            def noise(shape, seeds=list(good), side=side):
-                return noise_like_seed(seeds, shape[1:], side)
+            noise = partial(noise_like_seed, list(good), step=side)
             parts[name].append(autoencoder.encode(view, noise).float().cpu().contiguous())
     empty = torch.zeros(0, 1, 1, 1)
     return {name: torch.cat(batches) if batches else empty for name, batches in parts.items()}, bad
@@ -294,7 +303,7 @@ def finish(out, settings, classes):
         arrays, notes = map_shard(path)
         shards[path.name] = {"pictures": notes["pictures"], "unreadable": notes["unreadable"]}
         for name in ("latents", "latents_flip") if len(arrays["labels"]) else ():
-            rows = torch.from_numpy(arrays[name]).double().transpose(0, 1).flatten(1)               # (C, N h w)
+            rows = torch.from_numpy(arrays[name]).double().transpose(0, 1).flatten(1)           # (C, N h w)
             n, total, square = n + rows.shape[1], total + rows.sum(1), square + rows.square().sum(1)
     bad = [why for shard in shards.values() for _, why in shard["unreadable"]]
     if not n:
@@ -307,8 +316,8 @@ def finish(out, settings, classes):
     for leftover in out.glob("*.tmp"):
         leftover.unlink()
     count = sum(len(shard["pictures"]) for shard in shards.values())
-    print(*bad, f"{out}: {count} images encoded, {len(bad)} could not be read. Next: python train.py --recipe "
-          f"in{settings['size']}-sd --data latents:{out}, or the recipe of this autoencoder", sep="\n")
+    print(*bad, f"{out}: {count} images encoded, {len(bad)} could not be read. Next: python train.py "
+          f"--recipe in{settings['size']}-sd --data latents:{out}, or the recipe of this autoencoder", sep="\n")
 
 
 # ---- reading ------------------------------------------------------------------------------------------
@@ -324,15 +333,16 @@ def map_shard(path):
 
 
 def read_manifest(root, vae):
-    """(autoencoder, class names or None) of an encoded folder; a published one does not say, and takes `vae`."""
+    """(autoencoder, class names or None) of a folder of latents; a published one does not say: `vae`."""
     file = Path(root) / "manifest.json"
     manifest = json.loads(file.read_text()) if file.is_file() else {}
     made_by = manifest.get("vae", "")
     if vae and made_by and vae.partition("=")[0] != made_by.partition("=")[0]:
-        raise ValueError(f"{root} was encoded by {made_by}, and the recipe or --vae says {vae}: take a recipe of that "
-                         "autoencoder, or encode anew")
+        raise ValueError(f"{root} was encoded by {made_by}, and the recipe or --vae says {vae}: take a "
+                         "recipe of that autoencoder, or encode anew")
     if not (vae or made_by):
-        raise ValueError(f"{root} does not say which autoencoder made it: give --vae, one of {', '.join(AUTOENCODERS)}")
+        raise ValueError(f"{root} does not say which autoencoder made it: give --vae, one of "
+                         f"{', '.join(AUTOENCODERS)}")
     return vae or made_by, manifest.get("classes")
 
 
@@ -344,10 +354,11 @@ def open_latents(path, seed, vae=""):
     root = Path(path)
     shards = [map_shard(file)[0] for file in sorted(root.glob("*.safetensors"))]
     if not shards or not all({"latents", "latents_flip", "labels"} <= shard.keys() for shard in shards):
-        raise ValueError(f"no shards of latents, latents_flip and labels in {path}: python latents.py encode makes them")
+        raise ValueError(f"no shards of latents, latents_flip and labels in {path}: see latents.py encode")
     shards = [shard for shard in shards if len(shard["labels"])]
     shape = shards[0]["latents"].shape[1:]
-    if any(shard[name].shape != (len(shard["labels"]), *shape) for shard in shards for name in ("latents", "latents_flip")):
+    wanted = [(len(shard["labels"]), *shape) for shard in shards]
+    if any([shard[name].shape for shard in shards] != wanted for name in ("latents", "latents_flip")):
         raise ValueError(f"the shards in {path} differ in shape: they are of several encodings")
     vae, names = read_manifest(root, vae)
     stats = next(iter(root.glob("*stats*.pt")), None)
@@ -373,9 +384,8 @@ def open_latents(path, seed, vae=""):
 # ---- from the hub -------------------------------------------------------------------------------------
 
 def fetch(recipe):
-    """Bring what a recipe needs from the hub into its cache, and say what is not there."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.constants import HF_HUB_CACHE
+    """Bring what a recipe needs from the hub into its cache, and say where it lies and what is not there."""
+    from huggingface_hub import snapshot_download
     row = recipe_row(recipe)
     if not row.get("vae"):
         raise ValueError(f"recipe {recipe} needs nothing from the hub; those that do: {', '.join(HUB)}")
@@ -386,28 +396,15 @@ def fetch(recipe):
         wanted.append(("statistics of latents", UCGM_HOME, (f"buffers/vaes/stat/*_{size}.pt",)))
     if recipe in HUB:
         wanted.append(("published weights", *HUB[recipe]))
-    files = []
     for what, home, patterns in wanted:
-        with hub_errors(f"the hub does not give {home}", f"the recipe wants its {what}"):
-            siblings = HfApi().repo_info(home, files_metadata=True).siblings
-        found = [(what, home, file.rfilename, file.size or 0) for file in siblings
-                 if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in patterns)]
-        files += found
-        if not found:
-            print(f"{what}: nothing like {' '.join(patterns)} in {home}; "
-                  f"look at https://huggingface.co/{home}/tree/main")
-    for what, home, name, size in files:
-        print(f"{size / 2**20:10.1f} MiB  {what}: {home}/{name}")
-    total, cache = sum(size for *_, size in files), Path(HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    if total > (free := shutil.disk_usage(cache).free):
-        raise ValueError(f"{total / 2**30:.1f} GiB are needed and {cache} has {free / 2**30:.1f} GiB: "
-                         "free some, or set HF_HOME to a larger disk")
-    for _, home, name, _ in files:
-        with hub_errors(f"{home}/{name} did not arrive", "the same command goes on from there"):
-            print(hf_hub_download(home, name))              # shows its progress
-    print("ImageNet itself is not on the hub: https://image-net.org/download-images.php (ILSVRC 2012, train), "
-          "then latents.py encode.")
+        hint = f"the recipe wants its {what}; the same command goes on after a broken download"
+        with hub_errors(f"the hub does not give {home}", hint):
+            folder = Path(snapshot_download(home, allow_patterns=list(patterns)))
+        files = [file for pattern in patterns for file in sorted(folder.rglob(pattern))]
+        print(f"{what}:", *files, sep="\n  ")
+        if not files:
+            print(f"  nothing like {' '.join(patterns)}; look at https://huggingface.co/{home}/tree/main")
+    print("ImageNet itself is not there: https://image-net.org/download-images.php, then latents.py encode.")
     print(f"Next: python sample.py --recipe {recipe} --ckpt FILE" if recipe in HUB else
           f"Next: torchrun train.py --recipe {recipe} --data latents:DIR")
 
@@ -420,7 +417,7 @@ def main(task="-h", *rest):
     elif task in ("-h", "--help"):
         read_flags(Options, ["-h"], __doc__)
     else:
-        raise ValueError(f"{' '.join([task, *rest])!r} is not a task; expected encode --data folder:PATH ..., "
+        raise ValueError(f"{' '.join([task, *rest])!r} is not a task; expected encode --data folder:PATH, "
                          "or fetch RECIPE")
 
 

@@ -21,7 +21,7 @@ PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 PCI
 
 
 class Log:
-    """log.jsonl in the folder of a run: a header for every start, then a line a report. tell(line) says what fails."""
+    """log.jsonl in the folder of a run: a header for every start, then a line a report."""
 
     def __init__(self, out, config, first, tell):
         self.path, self.tell, self.board, self.wandb = Path(out) / "log.jsonl", tell, None, None
@@ -36,7 +36,8 @@ class Log:
                 self.board = SummaryWriter(out)
             if config.report_to == "wandb":
                 import wandb        # the project is $WANDB_PROJECT
-                self.wandb = wandb.init(name=config.recipe, config=dataclasses.asdict(config), dir=out, resume="allow")
+                settings = dataclasses.asdict(config)
+                self.wandb = wandb.init(name=config.recipe, config=settings, dir=out, resume="allow")
         except ImportError as error:
             raise ValueError(f"{error.name} is not installed: pip install {error.name}, "
                              "or leave --report_to out") from error
@@ -118,7 +119,7 @@ def utilisation(net, objective, device, images_per_s):
 # ---- pictures -----------------------------------------------------------------------------------------
 
 def preview(model):
-    """A page of images, a column a class, by the model's own settings; of latents without decode, three channels."""
+    """A page of images, a column a class, by the model's own settings."""
     columns = min(model.net.num_classes, 10) or 8
     classes = range(columns) if model.net.num_classes else None
     _, x, _ = next(generate(model, range(8 * columns), 8 * columns, classes=classes))
@@ -126,8 +127,9 @@ def preview(model):
 
 
 def draw_curves(out, size=(900, 420)):
-    """loss.png beside log.jsonl: the unweighted loss by fifths of t, on a log scale, and the held-out loss."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+    """loss.png beside log.jsonl: the unweighted loss by fifths of t, on a log scale; the held-out loss."""
+    text = (Path(out) / "log.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
     rows = [line for line in lines if "loss_by_t" in line]
     if len(rows) < 2:
         return

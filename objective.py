@@ -176,7 +176,7 @@ class Objective:
             raise ValueError(f"zeta {self.zeta} needs a style: ft-vs-fe to train, fc-vs-fe or -xz to tune")
         if self.zeta > 0 and self.style == "ft-vs-fe" and self.lam > 0:
             raise ValueError(f"style ft-vs-fe is for lam 0, found {self.lam}; use fc-vs-fe or fc-vs-xz")
-        if self.lam > 0 and resolve(self.transport).is_singular():
+        if resolve(self.transport).is_singular() and self.lam > 0:
             able = ", ".join(name for name, row in TRANSPORTS.items() if not row.is_singular())
             raise ValueError(f"{self.transport} cannot train with lam > 0, since at one end its output does "
                              f"not determine data and noise; those that can: {able}")

@@ -1,7 +1,7 @@
 """Other people's checkpoints: what they hold, which network they are of, and where the hub has them.
 
-UCGM (TiT), REPA and REPA-E, SiT, DiT, LightningDiT and DDT are read as they are published. The names and shapes in
-a file tell whose it is. Nothing in it is executed: torch.load with weights_only.
+UCGM (TiT), REPA and REPA-E, SiT, DiT, LightningDiT and DDT are read as they are published. The names and
+shapes in a file tell whose it is. Nothing in it is executed: torch.load with weights_only.
 """
 import argparse
 import math
@@ -102,7 +102,8 @@ def detect_architecture(tensors, extras, model="", image_size=256, file="the fil
     classes = len(tensors["y_embedder.embedding_table.weight"]) - 1
     if family == "DDT":         # its file tells neither size nor patch: a /2, at the recipe's size
         channels = tensors["x_embedder.proj.weight"].shape[1] // 4
-        net = DDT(image_size // 8, 2, channels, **SIZES[size], encoder_depth=ENCODER[size], num_classes=classes)
+        net = DDT(image_size // 8, 2, channels, **SIZES[size], num_classes=classes,
+                  encoder_depth=ENCODER[size])
         return net, {"model": f"DDT-{size}/2", "transport": transport}
     _, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     side = math.isqrt(tensors["pos_embed"].shape[1]) * patch
@@ -129,7 +130,8 @@ class DDT(nn.Module):
         self.t_embedder = TimeEmbed(hidden_size, period=10)
         self.blocks = nn.ModuleList(DDTBlock(hidden_size, num_heads) for _ in range(depth))
         modulation = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size))
-        self.final_layer = nn.ModuleDict({"adaLN_modulation": modulation, "linear": nn.Linear(hidden_size, patch)})
+        self.final_layer = nn.ModuleDict({"adaLN_modulation": modulation,
+                                          "linear": nn.Linear(hidden_size, patch)})
         grid, head_width = input_size // patch_size, hidden_size // num_heads
         place = torch.linspace(0, 16, grid, dtype=torch.float64)    # 0 to 16 at every resolution
         freq = 10000.0 ** (-torch.arange(0, head_width, 4, dtype=torch.float64) / head_width)
@@ -181,4 +183,5 @@ class DDTBlock(nn.Module):
 
 
 ENCODER = {"B": 8, "L": 20, "XL": 22}           # how many of the blocks encode
-MODELS = {f"DDT-{size}/2": partial(DDT, **SIZES[size], encoder_depth=depth) for size, depth in ENCODER.items()}
+MODELS = {f"DDT-{size}/2": partial(DDT, **SIZES[size], encoder_depth=depth)
+          for size, depth in ENCODER.items()}

@@ -6,9 +6,8 @@
     python sample.py --recipe repae --ckpt hf://USER/REPO/FILE.pt       # somebody else's model
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --out samples.npz      # many, for fid.py
 
-Settings that are not given are the model's own. Image k is drawn from seed k alone, whatever else is drawn with
-it. An interrupted run of many goes on by the same command. The two dashes keep recent torchruns from taking --num
-for a flag of theirs.
+Settings that are not given are the model's own. Image k is drawn from seed k alone. An interrupted run goes
+on by the same command. The two dashes keep torchrun from taking --num for a flag of its own.
 """
 import hashlib
 import json
@@ -25,15 +24,15 @@ from tqdm import tqdm
 from checkpoint import atomic_write, load_model, push
 from config import Config, SamplerFlags, read_flags, setting, text_of
 from data import class_number, image_grid, noise_like_seed, to_uint8
-from engine import (autocast, init_distributed, leave_distributed, pick_device, pick_dtype, print0, rank_and_world,
-                    rank_batches, run)
+from engine import (autocast, init_distributed, leave_distributed, pick_device, pick_dtype, print0,
+                    rank_and_world, rank_batches, run)
 from latents import Autoencoder
 from sampler import count_nfe, sample, time_grid
 
 
 @dataclass
 class Options(SamplerFlags):
-    ckpt: str = setting("", "a run, a model file or hf://USER/REPO[/FILE]; empty: the newest in runs/", "what")
+    ckpt: str = setting("", "a run, a file or hf://USER/REPO[/FILE]; empty: the newest in runs/", "what")
     recipe: str = setting("", "take network, transport and sampler settings from this recipe")
     vae: str = setting("", "for latents: an autoencoder as for latents.py; empty: the model's own")
     out: str = setting("samples.png", "a page to look at (png, jpg, webp), or all as uint8 with labels (npz)")
@@ -80,7 +79,7 @@ def open_model(path, device, dtype="auto", recipe="", vae=""):
 def generate(model, seeds, batch_size, rank=0, world=1, classes=None, on_step=None, skip=(), **given):
     """(first, x, y) of this process's batches: images x (B, C, S, S) in [-1, 1] on the CPU, classes y (B,).
 
-    Image k is that of seeds[k] and of classes[k % len(classes)], by default of the seed's number among all classes.
+    Image k is that of seeds[k] and of classes[k % len(classes)], by default of the class seeds[k] modulo all.
     given: settings of the sampler. skip: batches, by their first index.
     """
     settings, count = model.config.sampler(**given), max(1, model.net.num_classes)
@@ -155,8 +154,8 @@ def draw_npz(out, model, seeds, options, classes):
     """
     (rank, world), size = rank_and_world(), options.batch_size
     weights = b"".join(value.cpu().float().numpy().tobytes() for value in model.net.state_dict().values())
-    decides = [hashlib.sha256(weights).hexdigest(), model.config.sampler(**options.given()), seeds, classes, size,
-               str(model.dtype), options.vae]
+    decides = [hashlib.sha256(weights).hexdigest(), model.config.sampler(**options.given()), seeds, classes,
+               size, str(model.dtype), options.vae]
     fingerprint = hashlib.sha256(json.dumps(decides, default=str).encode()).hexdigest()[:8]
     parts = Path(f"{out}.parts-{fingerprint}")
     parts.mkdir(parents=True, exist_ok=True)
@@ -184,9 +183,9 @@ def main(options):
     if suffix not in (".png", ".jpg", ".webp", ".npz"):
         raise ValueError(f"out {options.out!r} must end in .png, .jpg or .webp (a page) or .npz (all images)")
     if options.trajectory and suffix == ".npz":
-        raise ValueError(f"a trajectory is a page to look at, and {options.out} is an array: use --out samples.png")
+        raise ValueError(f"a trajectory is a page, and {options.out} is an array: use --out samples.png")
     if world > 1 and suffix != ".npz":
-        raise ValueError(f"several processes draw many images, and {options.out} is a page: use --out samples.npz")
+        raise ValueError(f"several processes draw arrays, and {options.out} is a page: use --out samples.npz")
     if options.batch_size < 1:
         raise ValueError(f"batch_size {options.batch_size} must be at least 1")
     path, seeds = options.ckpt or newest_model(), read_seeds(options.seeds, options.num)

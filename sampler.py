@@ -92,6 +92,7 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
         times = time_grid(steps, schedule, gap, order)
     times = [*(float(t) for t in times if t != 0), 0.0]
     null = getattr(net, "num_classes", None) if null is None else null
+    noise = noise or (lambda i: torch.randn_like(z))
     check_sampler(transport, times, kappa, rho, order, cfg_scale, null)
     x = z.to(torch.float32 if z.device.type == "mps" else torch.float64)     # the state; MPS has no float64
     t = torch.tensor(times, dtype=x.dtype)                                   # (N + 1,), on the CPU
@@ -123,8 +124,7 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
 
         z_mixed, rho_i = z_hat, rho_at(rho, transport, t[i], t[i + 1])
         if rho_i:
-            fresh = noise(i).to(x) if noise else torch.randn_like(z).to(x)
-            z_mixed = (1 - rho_i) ** 0.5 * z_hat + rho_i**0.5 * fresh
+            z_mixed = (1 - rho_i) ** 0.5 * z_hat + rho_i**0.5 * noise(i).to(x)
         (a, a_next), (g, g_next) = transport.alpha(t[i:i + 2]).tolist(), transport.gamma(t[i:i + 2]).tolist()
         x_next = a_next * z_mixed + g_next * x_hat
         if order == 2:                  # Heun: the step again, with the mean of this and the next noise

@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=4 train.py                  # the same training on four GPUs
     python train.py --recipe mnist --lr 1e-3 --seed 1     # flags win over the recipe
 
-A run writes images, log.jsonl, model.safetensors (for sample.py) and checkpoints into runs/RECIPE (--out). After
-any interruption, run the same command again: it goes on as if nothing had happened, on any number of processes.
-SIGTERM and Ctrl-C finish the step, save and exit; SIGUSR1 saves and goes on. A larger --steps extends the run.
+A run writes images, log.jsonl, model.safetensors and checkpoints into runs/RECIPE (--out). To resume, run the
+same command again: it goes on as if nothing had happened, on any number of processes. SIGTERM and Ctrl-C end
+the step, save and exit; SIGUSR1 saves and goes on. A larger --steps extends the run.
 """
 import copy
 import math
@@ -22,8 +22,8 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from checkpoint import (atomic_write, build, ignore_disk_errors, load_model, newest_state, read_state, restore_state,
-                        save_state, set_aside, state_tensors)
+from checkpoint import (atomic_write, build, ignore_disk_errors, load_model, newest_state, read_state,
+                        restore_state, save_state, set_aside, state_tensors)
 from config import RECIPES, differences, read_config
 from data import key, open_dataset, select_labels
 from engine import (Signals, Skipped, autocast, can_compile, clip_gradient, from_rank0, gradient_sync,
@@ -35,7 +35,7 @@ from objective import resolve
 from sample import Model
 from sampler import check_sampler, time_grid
 
-BLOCK = 16              # images whose randomness is drawn together: a batch does not depend on how it is dealt out
+BLOCK = 16              # images whose randomness is drawn together, however the batch is dealt out
 HELD_OUT = 256          # images that are never trained on, of a finite set at most a twentieth
 TEACHER_EMA = 0.999     # decay of the teacher of ft-vs-fe
 
@@ -48,8 +48,8 @@ def split_batch(config, world):
     if rest or not share:
         unit = BLOCK * world
         near = " or ".join(str(n * unit) for n in sorted({max(1, share), share + 1}))
-        raise ValueError(f"batch_size {config.batch_size} cannot be dealt out to {world} process"
-                         f"{'es' * (world > 1)} in blocks of {BLOCK}; use a multiple of {unit}, such as {near}")
+        raise ValueError(f"batch_size {config.batch_size} cannot be dealt out to {world} processes in blocks "
+                         f"of {BLOCK}; use a multiple of {unit}, such as {near}")
     largest = config.micro_batch or config.batch_size
     fits = [n for n in range(1, share + 1) if share % n == 0 and share // n * BLOCK <= largest]
     if not fits:
@@ -67,8 +67,9 @@ def sample_indices(config, accumulate, first):
     """The positions in the data stream of each micro-batch of this process, from step `first` on."""
     for step in range(first, config.steps):
         for turn in range(accumulate):
-            starts = [step * config.batch_size + block * BLOCK for block in blocks_of(config, accumulate, turn)]
-            yield np.concatenate([start + np.arange(BLOCK) for start in starts])
+            blocks = blocks_of(config, accumulate, turn)
+            starts = step * config.batch_size + BLOCK * np.array(blocks)
+            yield (starts[:, None] + np.arange(BLOCK)).flatten()
 
 
 def open_batches(data, config, accumulate, first, device):
@@ -77,7 +78,7 @@ def open_batches(data, config, accumulate, first, device):
     return iter(torch.utils.data.DataLoader(
         data, batch_size=None, sampler=sample_indices(config, accumulate, first), num_workers=workers,
         pin_memory=device.type == "cuda", multiprocessing_context="fork" if workers else None,
-        worker_init_fn=lambda k: os.setpgid(0, 0)))         # a signal to the group is the main process's affair
+        worker_init_fn=lambda k: os.setpgid(0, 0)))     # a signal to the group is for the main process
 
 
 def draw(objective, x, y, seed, step, blocks, generator):
@@ -92,8 +93,8 @@ def draw(objective, x, y, seed, step, blocks, generator):
 # ---- optimiser and averages ---------------------------------------------------------------------------
 
 def orthogonal(matrix, dtype):
-    """U V^T of the singular value decomposition U S V^T, nearly: five steps of a quintic iteration bring every
-    singular value that is not tiny to 0.7 .. 1.2 (https://kellerjordan.github.io/posts/muon)."""
+    """U V^T of the matrix U S V^T, nearly: five steps of a quintic iteration bring singular values that are not
+    tiny to 0.7 .. 1.2 (https://kellerjordan.github.io/posts/muon)."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(dtype).T if tall else matrix.to(dtype)
     x = x / x.norm().clamp(min=1e-7)
@@ -104,9 +105,9 @@ def orthogonal(matrix, dtype):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for the matrices of attention and MLP: their step is the momentum, made orthogonal and of the
-    size of an Adam step (arXiv 2502.16982). dtype: of the products. torch.optim.Muon always takes bfloat16, which
-    on a CPU without it is 30 times slower."""
+    """AdamW, but the step of the matrices of attention and MLP is the momentum, made orthogonal and as large
+    as an Adam step (arXiv 2502.16982). dtype: of the products; torch.optim.Muon always takes bfloat16, which
+    is 30 times slower on a CPU without it."""
 
     def __init__(self, net, dtype, *settings, **more):
         super().__init__([p for p in net.parameters() if p.requires_grad], *settings, **more)
@@ -174,7 +175,7 @@ def load_start(config, net):
     if shapes != wanted or (other.transport, other.x_pred) != (config.transport, config.x_pred):
         raise ValueError(f"{config.init_from} is {other.model} on {other.transport}, {start.input_size} px, "
                          f"{start.num_classes} classes, x_pred {other.x_pred}; this run is {config.model} on "
-                         f"{config.transport}, {net.input_size} px, {net.num_classes}, {config.x_pred}: make them equal")
+                         f"{config.transport}, {net.input_size} px, {net.num_classes}, {config.x_pred}")
     net.load_state_dict(start.state_dict())
 
 
@@ -190,13 +191,13 @@ def check_setup(config, data, net, before, first):
         raise ValueError("fsdp shards the network over the processes of torchrun: "
                          "torchrun --nproc_per_node=N train.py --fsdp ...")
     if config.zeta > 0 and config.style != "ft-vs-fe" and not config.init_from:
-        raise ValueError(f"style {config.style} needs a trained teacher: give --init_from, such as runs/shapes")
+        raise ValueError(f"style {config.style} needs a teacher: give --init_from, such as runs/shapes")
     if config.zeta > 0 and config.style != "fc-vs-xz" and not net.num_classes:
-        raise ValueError(f"style {config.style} compares with the null class, and without labels there is none: "
-                         "use --labels all, or --zeta 0")
+        raise ValueError(f"style {config.style} compares with the null class, and without labels there is "
+                         "none: use --labels all, or --zeta 0")
     if before and (changed := differences(before, config)) and not config.allow_change:
-        raise ValueError(f"{config.out} holds a run with other settings: {'; '.join(changed)}. Take another --out, "
-                         "or --fresh to start over, or --allow_change")
+        raise ValueError(f"{config.out} holds a run with other settings: {'; '.join(changed)}. Take another "
+                         "--out, or --fresh to start over, or --allow_change")
     if first > config.steps:
         raise ValueError(f"{config.out} is already at step {first}: give --steps {first} or more, "
                          "or --fresh to start over")
@@ -206,7 +207,7 @@ def check_setup(config, data, net, before, first):
 
 @torch.no_grad()
 def held_out_loss(objective, net, teacher, x, y):
-    """The loss on images that are never trained on, at fixed times and noise: comparable from step to step."""
+    """The loss on images that are never trained on, at fixed times and noise."""
     t = ((torch.arange(len(x), device=x.device) + 0.5) / len(x)).to(x)
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     keep = torch.zeros_like(y, dtype=torch.bool)
@@ -254,7 +255,7 @@ def main(config):                                                               
     data, objective, accumulate = open_data(config), config.objective(), split_batch(config, world)
     held_out = [value.to(device) for value in data.hold_out(HELD_OUT)]
 
-    # Where does the run stand? Process 0 looks, all agree. (torchrun restarts the same command: --fresh counts once.)
+    # Where does the run stand? Process 0 looks, all agree. --fresh counts once, though torchrun may restart.
     control = init_distributed(device)
     fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     state = None if fresh else from_rank0(lambda: newest_state(out), control)
@@ -293,9 +294,9 @@ def main(config):                                                               
     if fresh and rank == 0:
         set_aside(out)
     out.mkdir(parents=True, exist_ok=True)
-    print0(f"{config.model}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, on {config.data} "
-           f"{'x'.join(map(str, data.shape))}; {device}, {config.dtype}{', compiled' * compiled}"
-           f"{', sharded' * config.fsdp}")
+    millions = sum(p.numel() for p in net.parameters()) / 1e6
+    print0(f"{config.model}, {millions:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; "
+           f"{device}, {config.dtype}{', compiled' * compiled}{', sharded' * config.fsdp}")
     print0(f"batch {config.batch_size} = {world} process{'es' * (world > 1)} x {accumulate} accumulation "
            f"step{'s' * (accumulate > 1)} x {config.batch_size // world // accumulate} images")
     if state:
@@ -304,10 +305,11 @@ def main(config):                                                               
                mininterval=0.5 if sys.stderr.isatty() else 10)
     log = Log(out, config, first, bar.write) if rank == 0 else None
     drawer = Model(emas[0], config, data.names, device, dtype, decoder(config, device))
-    losses, skipped, clock, clock_step = LossByTime(objective, device), Skipped(device), time.perf_counter(), first
+    losses, skipped = LossByTime(objective, device), Skipped(device)
+    clock, clock_step = time.perf_counter(), first
 
     with Signals(control) as signals:
-        for step in range(first, config.steps + 1):     # one more, so that the last step is looked at and saved
+        for step in range(first, config.steps + 1):     # one more: the last is looked at and saved
             stop, save_now = signals.agree()
             due = step % config.save_every == 0 or step == config.steps
             if due and (step > first or first == 0):
@@ -343,7 +345,7 @@ def main(config):                                                               
                 line = {"step": step + 1, "images": (step + 1) * config.batch_size, **losses.take()}
                 speed = (step + 1 - clock_step) * config.batch_size / (time.perf_counter() - clock)
                 line |= {"grad_norm": norm.item(), "lr": learning_rate(config, step), "images_per_s": speed,
-                         "skipped": skipped.take(step + 1, control, bar.write if rank == 0 else lambda line: None),
+                         "skipped": skipped.take(step + 1, control, bar.write),
                          **utilisation(net, objective, device, speed / world)}
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.0f} images/s")
                 clock, clock_step = time.perf_counter(), step + 1
@@ -352,7 +354,8 @@ def main(config):                                                               
 
     bar.close()
     if stop:
-        print0(f"stopped by {signal.Signals(stop).name} at step {step} of {config.steps}; the same command resumes")
+        name = signal.Signals(stop).name
+        print0(f"stopped by {name} at step {step} of {config.steps}; the same command resumes")
     elif first == config.steps:
         print0("this run is complete; a larger --steps extends it, --fresh starts over")
     if not stop:

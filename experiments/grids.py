@@ -1,49 +1,53 @@
-"""One picture of what few and many steps give: the same seeds and classes in every block, with a label.
+"""What few and many network calls give: the same seeds and classes in every block, with a label.
 
     python experiments/grids.py --few runs/shapes32-few --many runs/shapes32 --out assets/steps.png
+    python experiments/grids.py --few runs/shapes32-few --many runs/shapes32 --columns 12 --rows 1 --across 1
 """
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import fail, read_flags
-from data import contact_sheet
-from machine import pick_device
+from config import read_flags, setting
+from data import image_grid
+from engine import pick_device, run
 from sample import generate, open_model
+
+GAP, TITLE = 24, 24             # pixels between two blocks, and above each of them
 
 
 @dataclass
 class Options:
-    few: str = ""                               # a few-step model: drawn at 1, 2 and 4 steps
-    one: str = ""                               # another for 1 step, if there is one
-    many: str = ""                              # the many-step model that it came from: drawn at 40
-    out: str = "steps.png"                      # picture to write
-    columns: int = 8                            # pictures in a row of a block
-    rows: int = 4                               # and rows
+    few: str = setting("", "a few-step model: drawn at 1, 2 and 4 steps")
+    one: str = setting("", "another one for 1 step, if there is one")
+    many: str = setting("", "the many-step model that it was tuned from: drawn at 40")
+    out: str = setting("steps.png", "page to write")
+    columns: int = setting(8, "images in a row of a block")
+    rows: int = setting(4, "rows of a block")
+    across: int = setting(2, "blocks beside each other")
 
 
 def main(options):
-    blocks = []
+    seeds, blocks = range(options.columns * options.rows), []
     for path, steps in ((options.one or options.few, 1), (options.few, 2), (options.few, 4), (options.many, 40)):
         model = open_model(path, pick_device("cpu"))
-        x = torch.cat([x for _, x, _ in generate(model, range(options.columns * options.rows), 256, steps=steps)])
-        blocks.append((f"{steps} step{'s' * (steps > 1)}", contact_sheet(x, options.columns, side=64)))
+        x = torch.cat([x for _, x, _ in generate(model, seeds, 256, steps=steps)])
+        calls = model.nfe(steps=steps)
+        blocks.append((f"{calls} network call{'s' * (calls > 1)}", image_grid(x, options.columns)))
     width, height = blocks[0][1].size
-    page = Image.new("RGB", (2 * width + 24, 2 * (height + 22) + 12), "white")
-    for k, (title, sheet) in enumerate(blocks):
-        left, top = k % 2 * (width + 24), k // 2 * (height + 34)
-        ImageDraw.Draw(page).text((left + 2, top + 4), title, fill="black")
-        page.paste(sheet, (left, top + 22))
+    down = -(-len(blocks) // options.across)
+    size = options.across * (width + GAP) - GAP, down * (height + TITLE + GAP // 2) - GAP // 2
+    page, font = Image.new("RGB", size, "white"), ImageFont.load_default(15)
+    for k, (title, block) in enumerate(blocks):
+        left, top = k % options.across * (width + GAP), k // options.across * (height + TITLE + GAP // 2)
+        ImageDraw.Draw(page).text((left + 2, top + 2), title, fill="black", font=font)
+        page.paste(block, (left, top + TITLE))
     page.save(options.out)
-    print(f"{options.out}: {len(blocks)} blocks of the same {options.columns * options.rows} seeds")
+    print(f"{options.out}: {len(blocks)} blocks of the same {len(seeds)} seeds")
 
 
 if __name__ == "__main__":
-    try:
-        main(Options(**read_flags(Options, sys.argv[1:], __doc__)))
-    except ValueError as error:
-        fail(error)
+    run(lambda: main(Options(**read_flags(Options, sys.argv[1:], __doc__))))

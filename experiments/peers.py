@@ -1,15 +1,18 @@
-"""The same network under other samplers and other few-step methods: what UCGM is compared with in RESULTS.md.
+"""Other samplers and another few-step method on the same network: what RESULTS.md compares with.
 
-    python experiments/peers.py curves --ckpt runs/shapes32 --out curves.jsonl                  # UCGM-S, Euler, Heun, DPM-Solver++(2M) by NFE
-    python experiments/peers.py meanflow --ckpt runs/shapes32 --seconds 60 --out meanflow.jsonl # MeanFlow, tuned from the same model as long
+    python experiments/peers.py curves --ckpt runs/shapes32 --out curves.jsonl       # samplers, by network calls
+    python experiments/peers.py meanflow --ckpt runs/shapes32 --seconds 60           # MeanFlow, from the same model
 
-A line of the output is a score as fid.py's: FD-NAME, its floor, accuracy, variety, N, NFE.
+curves: UCGM-S, Euler, Heun and DPM-Solver++(2M). A line of the output is a score as fid.py's: FD-NAME, its floor,
+accuracy, variety, N, NFE.
 """
 import copy
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,42 +22,46 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import fail, read_flags
-from data import eight_bit, noise_like_seed, open_dataset
-from fid import SmallFeatures, Statistics, compare, stream_pictures
-from machine import autocast, pick_device
-from model import TimeEmbedder
-from objective import TRANSPORTS, predict, resolve
+from config import number_or_word, read_flags, setting
+from data import noise_like_seed, open_dataset, to_uint8
+from engine import autocast, pick_device, run
+from fid import SmallFeatures, collect, compare, stream_images
+from model import TimeEmbed
+from objective import expand, predict, resolve
 from sample import open_model
 from sampler import sample, time_grid
 
 
 @dataclass
 class Options:
-    ckpt: str = ""                              # a many-step model
-    out: str = "peers.jsonl"                    # lines are added to this file
-    data: str = ""                              # real pictures; empty: what the model was trained on
-    data_dir: str = "data"                      # where mnist is kept
-    num: int = 4000                             # pictures for each score
-    seed: int = 0                               # of the pictures and of MeanFlow's training
-    nfe: str = "5,10,20,40,80"                  # curves: network calls
-    kappas: str = "0,auto,0.2,0.5"              # curves: of UCGM-S
-    others: bool = True                         # curves: also Heun and DPM-Solver++(2M)
-    seconds: float = 60                         # meanflow: of training, compilation not counted
-    lr: float = 1e-3                            # meanflow: learning rate (RAdam, as our few-step recipe)
-    batch_size: int = 500                       # pictures at a time
+    ckpt: str = setting("", "a many-step model")
+    out: str = setting("peers.jsonl", "lines are added to this file")
+    data: str = setting("", "real images; empty: what the model was trained on")
+    data_dir: str = setting("data", "where mnist is kept")
+    num: int = setting(4000, "images for each score")
+    seed: int = setting(0, "of the images and of MeanFlow's training")
+    batch_size: int = setting(500, "images at a time")
+    nfe: str = setting("5,10,20,40,80", "network calls", "curves")
+    kappas: str = setting("0,auto,0.2,0.5", "of UCGM-S")
+    others: bool = setting(True, "also Heun and DPM-Solver++(2M)")
+    seconds: float = setting(60.0, "of training, compilation not counted", "meanflow")
+    lr: float = setting(1e-3, "learning rate (RAdam, as our few-step recipe)")
 
 
-# ---- other samplers -----------------------------------------------------------------------------------------------
+# ---- other samplers -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def heun(net, z, y, times):
-    """Heun's method on the velocity of the linear path, in t, as flow matching's codes have it: two calls a step, one for the last.
+    """Heun's method in t on the velocity of the linear path, as flow matching has it: two calls a step, and one
+    for the last.
 
-    Not the sampler's order 2, which is EDM's Heun in the noise level alpha / gamma: near t = 1 that level runs away on the linear path.
+    It is not the sampler's order 2, which is EDM's Heun in the noise level alpha / gamma: on the linear path that
+    level runs away near t = 1.
     """
     x, grid = z.double(), torch.tensor(times, dtype=torch.float64)
-    velocity = lambda x, t: net(x.to(z.dtype), t.to(z).expand(len(x)), y).double()
+
+    def velocity(x, t):
+        return net(x.to(z.dtype), t.to(z).expand(len(x)), y).double()
     for t, after in zip(grid[:-1], grid[1:]):
         v = velocity(x, t)
         if after:
@@ -65,43 +72,44 @@ def heun(net, z, y, times):
 
 @torch.no_grad()
 def dpm_solver_2m(net, z, y, transport, times):
-    """Second-order multistep in log(gamma / alpha) on predictions of the data (arXiv 2211.01095, algorithm 2); times as time_grid's."""
-    row = resolve(transport)
+    """Second order in log(gamma / alpha), from two predictions of the data (arXiv 2211.01095, algorithm 2);
+    times as time_grid's."""
+    transport = resolve(transport)
     t = torch.tensor(times[:-1], dtype=torch.float64)
-    alpha, gamma = row.alpha(t), row.gamma(t)
-    lam, x, before = (gamma / alpha).log(), z.double(), None
+    alpha, gamma = transport.alpha(t), transport.gamma(t)
+    log_snr, x, before = (gamma / alpha).log(), z.double(), None
+    in_dtype_of_z = lambda x, t, y: net(x.to(z.dtype), t.to(z.dtype), y)
     for i in range(len(t)):
-        x_hat = predict(lambda a, b, c: net(a.to(z.dtype), b.to(z.dtype), c), row, x, t[i].to(x.device).expand(len(x)), y)[1]
+        _, x_hat, _ = predict(in_dtype_of_z, transport, x, t[i].to(x.device).expand(len(x)), y)
         if i == len(t) - 1:
             return x_hat.to(z.dtype)
-        h, mean = lam[i + 1] - lam[i], x_hat
+        h, mean = log_snr[i + 1] - log_snr[i], x_hat
         if before is not None:
-            mean = x_hat + h / (lam[i] - lam[i - 1]) / 2 * (x_hat - before)
+            mean = x_hat + h / (log_snr[i] - log_snr[i - 1]) / 2 * (x_hat - before)
         x, before = alpha[i + 1] / alpha[i] * x - gamma[i + 1] * torch.expm1(-h) * mean, x_hat
 
 
-# ---- MeanFlow -----------------------------------------------------------------------------------------------------
+# ---- MeanFlow -----------------------------------------------------------------------------------------
 
 class MeanFlow(nn.Module):
-    """u(x_t, r, t): the mean velocity from t down to r (arXiv 2505.13447), from a velocity network whose time embedding also hears
-    t - r; it starts as that network, because the new embedding starts at zero."""
+    """u(x_t, r, t): the mean velocity from t down to r (arXiv 2505.13447), from a velocity network whose time
+    embedding also hears t - r. The new embedding starts at zero, so it starts as that network."""
 
     def __init__(self, net):
         super().__init__()
         self.net, self.num_classes = copy.deepcopy(net).requires_grad_(True), net.num_classes
-        self.net.t_embedder = Both(self.net.t_embedder)
-        self.data_output, self.net.data_output = self.net.data_output, False           # its division by t stands below: t is two numbers here
+        self.net.t_embedder = TwoTimes(self.net.t_embedder)
+        self.x_pred, self.net.x_pred = self.net.x_pred, False   # its division by t stands below: t is two numbers
 
     def forward(self, x, r, t, y):
         out = self.net(x, torch.stack([t, t - r], -1), y)
-        return (x - out) / t.clamp(min=0.05).view(-1, 1, 1, 1) if self.data_output else out
+        return (x - out) / expand(t.clamp(min=0.05), x) if self.x_pred else out
 
 
-class Both(nn.Module):
+class TwoTimes(nn.Module):
     def __init__(self, first):
         super().__init__()
-        width = first.mlp[2].out_features
-        self.first, self.second = first, TimeEmbedder(width)
+        self.first, self.second = first, TimeEmbed(first.mlp[2].out_features)
         nn.init.zeros_(self.second.mlp[2].weight)
         nn.init.zeros_(self.second.mlp[2].bias)
 
@@ -110,21 +118,20 @@ class Both(nn.Module):
 
 
 def meanflow_loss(flow, teacher, x, y, t, r, z):
-    """The identity u = v - (t - r) du/dt with the frozen teacher's velocity as v (the place that fc-vs-xz gives the teacher with zeta 1),
-    the adaptive weight of the paper, p = 1."""
-    mix = t.view(-1, 1, 1, 1)
-    x_t = mix * z + (1 - mix) * x
+    """The identity u = v - (t - r) du/dt, with the frozen teacher's velocity as v, which is the place that fc-vs-xz
+    gives the teacher at zeta 1; and the adaptive weight of the paper, p = 1."""
+    x_t = expand(t, x) * z + (1 - expand(t, x)) * x
     with torch.no_grad():
         v = teacher(x_t, t, y)
         with sdpa_kernel(SDPBackend.MATH):
-            _, slope = torch.func.jvp(lambda a, b: flow(a, r, b, y), (x_t, t), (v, torch.ones_like(t)))
-        target = v - (t - r).view_as(mix) * slope
+            _, du_dt = torch.func.jvp(lambda a, b: flow(a, r, b, y), (x_t, t), (v, torch.ones_like(t)))
+        target = v - expand(t - r, x) * du_dt
     square = (flow(x_t, r, t, y) - target).square().flatten(1).mean(1)
     return square / (square.detach() + 1e-3)
 
 
 def tune_meanflow(model, options):
-    """A MeanFlow tuned for options.seconds from the model, which is also the teacher; its average, and the steps taken."""
+    """A MeanFlow tuned for options.seconds from the model, which is also the teacher; its average, and the steps."""
     torch.manual_seed(options.seed)
     data = open_dataset(options.data or model.config.data, model.shape[-1], options.seed, root=options.data_dir)
     flow = MeanFlow(model.net)
@@ -137,20 +144,21 @@ def tune_meanflow(model, options):
         start = time.perf_counter()
         x, y = data[step * 64 + np.arange(64)]
         t, r = torch.rand(2, 64).sort(0, descending=True)[0]
-        r = torch.where(torch.rand(64) < 0.25, t, r)                   # a quarter plain flow matching
+        r = torch.where(torch.rand(64) < 0.25, t, r)            # a quarter is plain flow matching
         with autocast(model.device, model.dtype):
             loss = loss_of(flow, model.net, x, y, t, r, torch.randn_like(x)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        for group in optimizer.param_groups:                           # the schedule of train.py, by time
-            left = (1 - spent / options.seconds) / 0.7
-            group["lr"] = options.lr * min(1, (step + 1) / 50) * (1 if left >= 1 else 0.5 - 0.5 * np.cos(np.pi * left))
+        left = min(1, (1 - spent / options.seconds) / 0.7)      # train.py's learning rate, by time
+        rate = options.lr * min(1, (step + 1) / 50) * (0.5 - 0.5 * math.cos(math.pi * left))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         decay = min(0.99, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(flow.parameters()), 1 - decay)
-        if step >= 2:                                                  # the first steps compile
+        if step >= 2:                                           # the first steps compile
             spent += time.perf_counter() - start
             bar.update(round(time.perf_counter() - start, 3))
         step += 1
@@ -165,34 +173,41 @@ def sample_meanflow(flow, z, y, times):
     return x
 
 
-# ---- scores -------------------------------------------------------------------------------------------------------
+# ---- scores -------------------------------------------------------------------------------------------
 
 class Judge:
-    """Scores ways to draw pictures, with the same noise, classes and real pictures for all."""
+    """Scores ways to draw images, with the same noise, classes and real images for all."""
 
     def __init__(self, model, options):
-        self.model, self.options = model, options
+        self.model, self.options, num = model, options, options.num
         source = options.data or model.config.data
         self.kind = "shapes" if source == "shapes" else "mnist"
-        data = open_dataset(source, model.shape[-1] if self.kind == "shapes" else None, 1000, root=options.data_dir)
-        self.num = min(options.num, len(data) // 2) if hasattr(data, "__len__") else options.num
+        size = model.shape[-1] if self.kind == "shapes" else None
+        data = open_dataset(source, size, 1000, root=options.data_dir)
+        self.num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
         self.features = SmallFeatures(self.kind, data.shape)
-        self.real, self.other = Statistics(), Statistics()
-        for start, into in ((0, self.real), (self.num, self.other)):
-            for first, x, y in stream_pictures(data, start, self.num, options.batch_size):
-                into.add(first, self.features(x), y)
+        self.real, self.floor = (self.statistics(stream_images(data, start, self.num, options.batch_size))
+                                 for start in (0, self.num))
+
+    def statistics(self, batches):
+        return collect(batches, self.num, self.features)
+
+    def images(self, draw):
+        """(first, uint8 images, y) of draw(z, y) -> x."""
+        for first in range(0, self.num, self.options.batch_size):
+            start = self.options.seed * self.num + first
+            seeds = range(start, start + min(self.options.batch_size, self.num - first))
+            y = torch.tensor(seeds) % len(self.model.names)
+            with torch.no_grad(), autocast(self.model.device, self.model.dtype):
+                x = draw(noise_like_seed(seeds, self.model.shape), y)
+            yield first, to_uint8(x), y
 
     def __call__(self, name, nfe, draw, **more):
-        fake, start = Statistics(), time.perf_counter()
-        seeds = range(self.options.seed * self.num, (self.options.seed + 1) * self.num)
-        for first in range(0, self.num, self.options.batch_size):
-            part = seeds[first:first + self.options.batch_size]
-            y = torch.tensor(part) % len(self.model.names)
-            with torch.no_grad(), autocast(self.model.device, self.model.dtype):
-                x = draw(noise_like_seed(part, self.model.shape), y)
-            fake.add(first, self.features(eight_bit(x)), y)
-        scores = {key: round(value, 4) for key, value in compare(self.kind, [], fake, self.real, self.other).items()}
-        line = {"method": name, "NFE": nfe, **scores, "N": self.num, "seed": self.options.seed, "ckpt": self.options.ckpt, "seconds": round(time.perf_counter() - start, 1), **more}
+        start = time.perf_counter()
+        scores = compare(self.kind, [], self.statistics(self.images(draw)), self.real, self.floor)
+        line = {"method": name, "NFE": nfe, **{key: round(value, 4) for key, value in scores.items()}, "N": self.num,
+                "seed": self.options.seed, "ckpt": self.options.ckpt,
+                "seconds": round(time.perf_counter() - start, 1), **more}
         print(json.dumps(line), flush=True)
         with open(self.options.out, "a") as file:
             print(json.dumps(line), file=file)
@@ -201,33 +216,37 @@ class Judge:
 def curves(model, options):
     judge, net, gap = Judge(model, options), model.net, model.config.gap
     for nfe in map(int, options.nfe.split(",")):
-        for kappa in filter(None, options.kappas.split(",")):
-            kappa = kappa if kappa == "auto" else float(kappa)
-            judge(f"UCGM-S kappa {kappa}" if kappa else "Euler", nfe, lambda z, y: sample(net, z, y, "linear", steps=nfe, kappa=kappa, gap=gap))
-        if not options.others:
-            continue
-        judge("Heun", nfe - 1 + nfe % 2, lambda z, y: heun(net, z, y, time_grid(nfe, gap=gap, order=2)))
-        judge("DPM-Solver++(2M)", nfe, lambda z, y: dpm_solver_2m(net, z, y, "linear", time_grid(nfe, gap=gap)))
+        for kappa in map(number_or_word, filter(None, options.kappas.split(","))):
+            name = f"UCGM-S kappa {kappa}" if kappa else "Euler"
+            judge(name, nfe, partial(sample, net, transport="linear", steps=nfe, kappa=kappa, gap=gap))
+        if options.others:
+            times = time_grid(nfe, gap=gap, order=2)
+            judge("Heun", nfe - 1 + nfe % 2, partial(heun, net, times=times))
+            judge("DPM-Solver++(2M)", nfe, partial(dpm_solver_2m, net, transport="linear", times=time_grid(nfe, gap=gap)))
 
 
 def meanflow(model, options):
-    assert TRANSPORTS[model.config.transport] is TRANSPORTS["linear"]
     flow, steps = tune_meanflow(model, options)
-    judge = Judge(model, options)
-    cost = dict(train_seconds=options.seconds, train_steps=steps)
+    judge, cost = Judge(model, options), dict(train_seconds=options.seconds, train_steps=steps)
     for nfe in (1, 2, 4):
-        judge("MeanFlow", nfe, lambda z, y: sample_meanflow(flow, z, y, torch.linspace(1, 0, nfe + 1)), **cost)
+        judge("MeanFlow", nfe, partial(sample_meanflow, flow, times=torch.linspace(1, 0, nfe + 1)), **cost)
     for t in (0.3, 0.4, 0.7):
-        judge(f"MeanFlow, second call at {t}", 2, lambda z, y: sample_meanflow(flow, z, y, torch.tensor([1.0, t, 0.0])), **cost)
+        times = torch.tensor([1.0, t, 0.0])
+        judge(f"MeanFlow, second call at {t}", 2, partial(sample_meanflow, flow, times=times), **cost)
+
+
+def main(task, options):
+    tasks = {"curves": curves, "meanflow": meanflow}
+    if task not in tasks or not options.ckpt:
+        raise ValueError("expected curves --ckpt RUN or meanflow --ckpt RUN")
+    model = open_model(options.ckpt, pick_device("cpu"))
+    if model.config.transport != "linear":
+        raise ValueError(f"the peers are for transport linear, and {options.ckpt} has {model.config.transport}")
+    tasks[task](model, options)
 
 
 if __name__ == "__main__":
-    task, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("-h", [])
-    try:
-        options = Options(**read_flags(Options, rest if task != "-h" else ["-h"], __doc__))
-        tasks = {"curves": curves, "meanflow": meanflow}
-        if task not in tasks or not options.ckpt:
-            raise ValueError("expected curves --ckpt RUN or meanflow --ckpt RUN")
-        tasks[task](open_model(options.ckpt, pick_device("cpu")), options)
-    except ValueError as error:
-        fail(error)
+    task, *flags = sys.argv[1:] or ["-h"]
+    if task.startswith("-"):
+        task, flags = "", sys.argv[1:] or ["-h"]
+    run(lambda: main(task, Options(**read_flags(Options, flags, __doc__))))

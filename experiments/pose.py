@@ -1,11 +1,12 @@
-"""Where a model of `shapes` loses variety: read the drawing's own numbers (place, size, angle, colours) back from the pictures.
+"""Where a model of `shapes` loses variety: place, size, angle and colours are read back from its images.
 
-    python experiments/pose.py --ckpt runs/shapes32              # spread of each number, as a share of that of real pictures
-    python experiments/pose.py --price yes                       # what narrowing costs: FD-shapes of real pictures drawn too much alike
+    python experiments/pose.py --ckpt runs/shapes32     # spread of each number, as a share of that of real images
+    python experiments/pose.py --price                  # FD-shapes of real images that are drawn too much alike
 
-A line "from t" starts at real pictures with noise up to t and lets the sampler finish: a perfect model keeps the spread at 1 from every t,
-and the largest t that still does tells which noise the model can not look through. "remembered" is the slope of the number read
-after against that before: 1 near t = 0, where the picture still decides it, and 0 at t = 1.
+A line "from t" starts at real images with noise up to t and lets the sampler finish. A perfect model keeps the
+spread at 1 from every t; the largest t that still does tells which noise the model can not look through.
+"remembered" is the slope of the angle read after against the angle before: 1 where the image still decides it, near
+t = 0, and 0 at t = 1.
 """
 import sys
 from dataclasses import dataclass
@@ -19,30 +20,35 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from config import fail, number_or_word, numbers, read_flags
-from fid import Moments, SmallFeatures, frechet
-from machine import pick_device
+from config import numbers, read_flags, setting
+from engine import pick_device, run
+from fid import SmallFeatures, collect, frechet
 from sample import open_model
 from sampler import sample
 
-NAMES = ["x", "y", "size", "angle", "saturation", "value", "paper saturation", "paper value"]     # uniforms 1..4, 6, 7, 9, 10 of data.Shapes
-COLUMNS = [1, 2, 3, 4, 6, 7, 9, 10]
-TURNED = range(2, 7)                        # square, triangle, star, heart, cross: circles and rings have no angle, the moon hides its
+# What is read, and the column of the uniforms of data.Shapes that decides it.
+NUMBERS = {"x": 1, "y": 2, "size": 3, "angle": 4, "saturation": 6, "value": 7, "paper saturation": 9,
+           "paper value": 10}
+COLUMNS, ANGLE = list(NUMBERS.values()), list(NUMBERS).index("angle")
+TURNED = range(2, 7)        # square, triangle, star, heart, cross: circle and ring have no angle, the moon hides it
 
 
 @dataclass
 class Options:
-    ckpt: str = ""                          # a many-step or few-step model of shapes at 32x32
-    price: bool = False                     # instead: what narrowing costs
-    num: int = 1000                         # pictures for each line
-    starts: str = "0.5,0.6,0.7,0.8,0.9"     # times at which real pictures with noise are handed over; then one line from pure noise
-    steps: int = 20                         # of the sampler, from t = 1; fewer from earlier times
-    extrapolation: str = "auto"             # kappa of the sampler
-    train_steps: int = 2500                 # of the network that reads the numbers
+    ckpt: str = setting("", "a many-step or few-step model of shapes at 32x32")
+    price: bool = setting(False, "instead: what narrowing costs")
+    num: int | None = setting(None, "images a line; not given: 1000, and 16000 with --price")
+    starts: str = setting("0.5,0.6,0.7,0.8,0.9", "times at which noisy real images are handed over; then noise alone")
+    steps: int = setting(20, "of the sampler, from t = 1; fewer from earlier times")
+    kappa: float | str = setting("auto", "extrapolation: a number, or auto")
+    train_steps: int = setting(2500, "of the network that reads the numbers")
 
 
 def draws(seed, positions, change=()):
-    """Pictures (B, 3, 32, 32), classes (B,) in turn, and the numbers (B, 8) in -1..1; change: pairs of a column and a function of its uniforms."""
+    """Images (B, 3, 32, 32), classes (B,) in turn, and the numbers (B, 8) in -1..1 that they are drawn from.
+
+    change: pairs of a column and a function of its uniforms.
+    """
     plain = data.uniforms
 
     def uniforms(*args):
@@ -60,11 +66,11 @@ def draws(seed, positions, change=()):
 
 
 def train_reader(steps):
-    """A network from pictures (B, 3, 32, 32) to their numbers (B, 8)."""
+    """A network from images (B, 3, 32, 32) to their numbers (B, 8)."""
     torch.manual_seed(0)
     widths = (3, 32, 64, 96)
     layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())]
-    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, 128), nn.ReLU(), nn.Linear(128, len(NAMES)))
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, 128), nn.ReLU(), nn.Linear(128, len(COLUMNS)))
     optimizer = torch.optim.AdamW(net.parameters(), 4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for step in tqdm(range(steps), unit="step", desc="reader"):
@@ -74,7 +80,7 @@ def train_reader(steps):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return lambda x: net(data.eight_bit(x).float() / 127.5 - 1).detach()
+    return lambda x: net(data.to_uint8(x).float() / 127.5 - 1).detach()
 
 
 def spread(read, y):
@@ -82,41 +88,48 @@ def spread(read, y):
     return torch.stack([read[y == c].std(0) for c in TURNED]).mean(0)
 
 
+def remembered(before, after, y):
+    """Slope of the angle after against the angle before, mean over the classes with an angle."""
+    slopes = [np.polyfit(before[y == c, ANGLE], after[y == c, ANGLE], 1)[0] for c in TURNED]
+    return float(np.mean(slopes))
+
+
 def price(num):
-    """FD-shapes of `num` real pictures whose angle or place is drawn from a part of its range, against 2 num real ones."""
+    """FD-shapes of `num` real images whose angle or place comes from a part of its range, against 2 num real ones."""
     features = SmallFeatures("shapes", (3, 32, 32))
 
     def moments(seed, count, change=()):
-        all_rows = Moments(len(features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))["pool"][0]))
-        for first in range(0, count, 1000):
-            all_rows.add(features(data.eight_bit(draws(seed, first + np.arange(min(1000, count - first)), change)[0]))["pool"])
-        return all_rows
-    part = lambda share: lambda u: 0.5 + share * (u - 0.5)
+        starts = range(0, count, 1000)
+        places = ((first, first + np.arange(min(1000, count - first))) for first in starts)
+        batches = ((first, data.to_uint8(draws(seed, place, change)[0])) for first, place in places)
+        return collect(batches, count, features).moments()
     real = moments(1, 2 * num)
-    for name, columns, shares in (("nothing", [4], [1]), ("angle", [4], [0.9, 0.8, 0.7]), ("place", [1, 2], [0.98, 0.96, 0.94])):
+    for name, columns, shares in (("nothing", [4], [1]), ("angle", [4], [0.9, 0.8, 0.7]),
+                                  ("place", [1, 2], [0.98, 0.96, 0.94])):
         for share in shares:
-            print(f"{name:8} {share:4}  {frechet(moments(2, num, [(c, part(share)) for c in columns]), real).__round__(2)}", flush=True)
+            narrow = lambda u, share=share: 0.5 + share * (u - 0.5)
+            score = frechet(moments(2, num, [(column, narrow) for column in columns]), real)
+            print(f"{name:8} {share:4}  {score:.2f}", flush=True)
 
 
-def main(argv=None):
-    given = read_flags(Options, argv, __doc__)
-    o = Options(**given)
-    if o.price:
-        return price(given.get("num", 16000))
-    if not o.ckpt:
-        fail("which model? --ckpt runs/shapes32")
-    model, reader = open_model(o.ckpt, pick_device("cpu")), train_reader(o.train_steps)
-    x, y, _ = draws(5, np.arange(o.num))
+def main(options):
+    if options.price:
+        price(options.num or 16000)
+        return
+    if not options.ckpt:
+        raise ValueError("which model? give --ckpt, such as --ckpt runs/shapes32")
+    model, reader = open_model(options.ckpt, pick_device("cpu")), train_reader(options.train_steps)
+    x, y, _ = draws(5, np.arange(options.num or 1000))
     z, before = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), reader(x)
-    print(f"{'':12} spread: " + ", ".join(NAMES) + " | remembered: angle")
-    for t in (*numbers(o.starts), 0.999):
-        times = np.linspace(t, 0.05, max(3, round(o.steps * t))).tolist()
-        kappa = number_or_word(o.extrapolation)
-        after = torch.cat([sample(model.net, (t * z + (1 - t) * x)[i:i + 250], y[i:i + 250], times=times, kappa=kappa) for i in range(0, o.num, 250)])
-        after = reader(after.float())
-        kept = np.mean([np.polyfit(before[y == c, 3], after[y == c, 3], 1)[0] for c in TURNED])
-        print(f"from t = {t:.3f} " + " ".join(f"{v:.2f}" for v in (spread(after, y) / spread(before, y)).tolist()) + f" | {kept:.2f}", flush=True)
+    print(f"{'':12} spread: {', '.join(NUMBERS)} | remembered: angle")
+    for t in (*numbers(options.starts), 0.999):
+        times = np.linspace(t, 0.05, max(3, round(options.steps * t))).tolist()
+        batches = zip((t * z + (1 - t) * x).split(250), y.split(250))
+        drawn = [sample(model.net, *batch, times=times, kappa=options.kappa) for batch in batches]
+        after = reader(torch.cat(drawn).float())
+        shares = " ".join(f"{share:.2f}" for share in (spread(after, y) / spread(before, y)).tolist())
+        print(f"from t = {t:.3f} {shares} | {remembered(before, after, y):.2f}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(lambda: main(Options(**read_flags(Options, sys.argv[1:], __doc__))))

@@ -1,24 +1,39 @@
 """The tables and curves of RESULTS.md from the lines that fid.py and peers.py wrote.
 
-    python experiments/report.py experiments/results/*.jsonl            # markdown tables to the terminal, assets/nfe-DATA.png
+    python experiments/report.py experiments/results/*.jsonl        # tables to the terminal, assets/nfe-DATA.png
 """
+import itertools
 import json
 import re
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from config import read_flags, setting
+from engine import run
+
+TICKS = (4, 8, 10, 20, 40, 80)
+
+
+@dataclass
+class Options:
+    out: str = setting(str(Path(__file__).resolve().parent.parent / "assets"), "folder of the curves")
 
 
 def read(paths):
-    """Lines with .method, NFE, score, data."""
+    """The lines, with "data", "score" and "method" in each."""
     lines = []
     for path in paths:
-        for text in Path(path).read_text().splitlines():
-            line = json.loads(text)
+        try:
+            texts = Path(path).read_text().splitlines()
+        except OSError as error:
+            raise ValueError(f"no scores at {path} ({error.strerror}); expected a .jsonl of fid.py's lines") from error
+        for line in map(json.loads, texts):
             name = next(key for key in line if key.startswith("FD-"))
-            lines.append({**line, "data": name[3:], "score": line[name], "method": line.get("method", re.sub(r"-\d+$", "", Path(line["ckpt"]).name))})
+            method = line.get("method") or re.sub(r"-\d+$", "", Path(line["ckpt"]).name)
+            lines.append({**line, "data": name[3:], "score": line[name], "method": method})
     return lines
 
 
@@ -29,17 +44,20 @@ def mean_and_range(values):
 
 def table(lines):
     """Rows by method, columns by NFE: mean and range over the seeds."""
-    cells = defaultdict(list)
+    cells = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        cells[line["method"], line["NFE"]].append(line["score"])
-    calls, methods = sorted({nfe for _, nfe in cells}), list(dict.fromkeys(method for method, _ in cells))
+        cells[line["method"]][line["NFE"]].append(line["score"])
+    calls = sorted({line["NFE"] for line in lines})
     rows = ["| method | " + " | ".join(f"NFE {nfe}" for nfe in calls) + " |", "|---|" + "---|" * len(calls)]
-    rows += [f"| {m} | " + " | ".join(mean_and_range(cells[m, nfe]) if (m, nfe) in cells else "" for nfe in calls) + " |" for m in methods]
+    for method, scores in cells.items():
+        row = [mean_and_range(scores[nfe]) if nfe in scores else "" for nfe in calls]
+        rows.append(f"| {method} | " + " | ".join(row) + " |")
     return "\n".join(rows)
 
 
 def plot(lines, path):
-    """Score against NFE: a line a method, its range over the seeds shaded; only scores below 20, the others would flatten the rest."""
+    """Score against NFE: a line a method, its range over the seeds shaded. Scores of 20 and more are left out,
+    since they would flatten the rest."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -49,33 +67,40 @@ def plot(lines, path):
             cells[line["method"]][line["NFE"]].append(line["score"])
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for method, points in cells.items():
-        calls = sorted(points)
-        if len(calls) > 1:
-            drawn = axes.plot(calls, [sum(points[n]) / len(points[n]) for n in calls], marker="o", markersize=3, label=method)[0]
-            axes.fill_between(calls, [min(points[n]) for n in calls], [max(points[n]) for n in calls], alpha=0.15, color=drawn.get_color())
-    axes.set(xscale="log", xlabel="network evaluations a picture", ylabel=f"FD-{lines[0]['data']} (not FID), lower is better")
-    axes.set_xticks((4, 8, 10, 20, 40, 80), ("4", "8", "10", "20", "40", "80"))
+        if len(points) < 2:
+            continue
+        calls, scores = zip(*sorted(points.items()))
+        mean = [sum(values) / len(values) for values in scores]
+        drawn = axes.plot(calls, mean, marker="o", markersize=3, label=method)[0]
+        axes.fill_between(calls, list(map(min, scores)), list(map(max, scores)), alpha=0.15, color=drawn.get_color())
+    axes.set(xscale="log", xlabel="network evaluations an image",
+             ylabel=f"FD-{lines[0]['data']} (not FID), lower is better")
+    axes.set_xticks(TICKS, map(str, TICKS))
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.axhline(lines[0]["floor"], color="grey", linewidth=1, linestyle=":", label="real against real")
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
-def main(paths):
+def main(paths, options):
+    if not paths:
+        raise ValueError("which lines? give files, such as experiments/results/*.jsonl")
     lines = read(paths)
     for data in dict.fromkeys(line["data"] for line in lines):
-        for num in sorted({line["N"] for line in lines if line["data"] == data}):
-            some = [line for line in lines if line["data"] == data and line["N"] == num]
-            print(f"\nFD-{data}, N = {num}, floor {mean_and_range([line['floor'] for line in some])}\n\n{table(some)}")
-        curves = [line for line in lines if line["data"] == data and "seconds" in line and "train_seconds" not in line]
+        of_data = [line for line in lines if line["data"] == data]
+        for num in sorted({line["N"] for line in of_data}):
+            some = [line for line in of_data if line["N"] == num]
+            floor = mean_and_range([line["floor"] for line in some])
+            print(f"\nFD-{data}, N = {num}, floor {floor}\n\n{table(some)}")
+        curves = [line for line in of_data if "seconds" in line and "train_seconds" not in line]
         if curves:
-            plot(curves, ASSETS / f"nfe-{data}.png")
-            print(f"\n{ASSETS / f'nfe-{data}.png'}")
+            plot(curves, Path(options.out) / f"nfe-{data}.png")
+            print(f"\n{Path(options.out) / f'nfe-{data}.png'}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(sys.argv[1:])
+    files = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    run(lambda: main(files, Options(**read_flags(Options, sys.argv[1 + len(files):], __doc__))))

@@ -1,20 +1,19 @@
 """The published code's numbers: losses and gradients, sampler runs, network outputs."""
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from toys import GOLDEN
 
 import objective
 from model import FAMILIES, MODELS, DiT
 from objective import Objective
 from sampler import sample
 
-HERE = Path(__file__).parent / "golden"
-stored = np.load(HERE / "objective_sampler.npz")
+stored = np.load(GOLDEN / "objective_sampler.npz")
 cases = {name: json.loads(str(stored[f"{name}_cases"])) for name in ("objective", "sampler", "stochastic")}
 
 
@@ -23,12 +22,12 @@ def tensor(name):
 
 
 class ToyNet(torch.nn.Module):
+    """The network of the published numbers."""
     num_classes = 10
 
     def __init__(self, p):
         super().__init__()
-        self.p = torch.nn.Parameter(p.clone())
-        self.calls = 0
+        self.p, self.calls = torch.nn.Parameter(p.clone()), 0
 
     def forward(self, x, t, y):
         self.calls += 1
@@ -45,11 +44,10 @@ def published_half_pi(monkeypatch):
 @pytest.mark.parametrize("i", range(99))
 def test_loss_and_gradient(i):
     case = cases["objective"][i]
-    net, teacher = ToyNet(tensor("theta")), ToyNet(tensor("phi"))
-    drop = torch.arange(20) >= 18
-    loss = Objective(case["transport"].lower(), lam=case["lam"], zeta=case["zeta"], style=case["style"], huber=case["huber"],
-                     cosine=case["cosine"], weight=case["weight"].lower())(
-        net, tensor("x"), tensor("y"), tensor("t"), tensor("z"), drop, teacher).mean()
+    net, teacher, drop = ToyNet(tensor("theta")), ToyNet(tensor("phi")), torch.arange(20) >= 18
+    loss = Objective(case["transport"].lower(), case["lam"], case["zeta"], case["style"], case["huber"],
+                     case["cosine"], case["weight"].lower())
+    loss = loss(net, tensor("x"), tensor("y"), tensor("t"), tensor("z"), drop, teacher).mean()
     loss.backward()
     expected = torch.tensor(case["grad"])
     assert_close(loss.item(), case["loss"], rtol=2e-5, atol=0)
@@ -57,46 +55,46 @@ def test_loss_and_gradient(i):
     assert teacher.p.grad is None
 
 
-def run(case):
-    net = ToyNet(tensor("theta"))
-    x = sample(net, tensor("z"), tensor("y"), case["transport"].lower(), steps=case["steps"], kappa=case["kappa"], rho=case["rho"],
-               order=case["order"], schedule=case["schedule"], gap=case["gap"], noise=lambda i: tensor("noises")[i])
+def draw(case):
+    net, names = ToyNet(tensor("theta")), ("steps", "kappa", "rho", "order", "schedule", "gap")
+    x = sample(net, tensor("z"), tensor("y"), case["transport"].lower(), **{name: case[name] for name in names},
+               noise=lambda i: tensor("noises")[i])
     return x, net.calls
 
 
 @pytest.mark.parametrize("i", range(27))
 def test_deterministic_sampler(i):
     case, expected = cases["sampler"][i], tensor(f"sampler_{i}")
-    x, calls = run(case)
-    tolerance = 5e-4 if case["order"] == 2 else 2e-6        # the published grid is rounded to float32, which Heun's first step magnifies
+    x, calls = draw(case)
+    # The published grid is rounded to float32, which the first step of Heun's method magnifies.
+    tolerance = 5e-4 if case["order"] == 2 else 2e-6
     assert (x - expected).abs().max() < tolerance * expected.abs().max()
-    if case["order"] == 1:
-        assert calls == case["nfe_calls"]
-    else:
-        assert calls == 2 * case["nfe_calls"] - 1
+    assert calls == (case["nfe_calls"] if case["order"] == 1 else 2 * case["nfe_calls"] - 1)
 
 
 @pytest.mark.parametrize("i", range(6))
 def test_stochastic_sampler(i):
     expected = tensor(f"stochastic_{i}")
-    assert_close(run(cases["stochastic"][i])[0], expected, rtol=2e-6, atol=2e-6)
+    assert_close(draw(cases["stochastic"][i])[0], expected, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name, family", [("tit", "TiT"), ("sit", "SiT"), ("sit_learn_sigma", "DiT"), ("lightningdit", "LightningDiT")])
+@pytest.mark.parametrize("name, family", [("tit", "TiT"), ("sit", "SiT"), ("sit_learn_sigma", "DiT"),
+                                          ("lightningdit", "LightningDiT")])
 def test_network(name, family):
-    numbers, weights = np.load(HERE / "models.npz"), load_file(HERE / f"{name}.safetensors")
-    net = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=2, num_heads=4, num_classes=10, **FAMILIES[family])
-    rotary = {k: weights.pop(k) for k in list(weights) if k.startswith("feat_rope")}
+    numbers, weights = np.load(GOLDEN / "models.npz"), load_file(GOLDEN / f"{name}.safetensors")
+    net = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=2, num_heads=4, num_classes=10,
+              **FAMILIES[family])
+    rotary = {key: weights.pop(key) for key in list(weights) if key.startswith("feat_rope")}
     if rotary:
         assert_close(net.rope_cos, rotary["feat_rope.freqs_cos"])
         assert_close(net.rope_sin, rotary["feat_rope.freqs_sin"])
     assert_close(net.pos_embed.data, weights["pos_embed"], rtol=0, atol=0)
     net.load_state_dict(weights, strict=True)
     with torch.no_grad():
-        out = net(*(torch.from_numpy(numbers[k]) for k in ("x", "t", "y")))
+        out = net(*(torch.from_numpy(numbers[key]) for key in ("x", "t", "y")))
     assert_close(out, torch.from_numpy(numbers[f"{name}_out"]), rtol=0, atol=1e-6)
     norms = [m for m in net.modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.RMSNorm))]
-    assert len(norms) == 5 + 4 * FAMILIES[family]["qk_norm"] and {m.eps for m in norms} == {1e-6}
+    assert len(norms) == 5 + 4 * ("qk_norm" in FAMILIES[family]) and {m.eps for m in norms} == {1e-6}
 
 
 def test_published_size():

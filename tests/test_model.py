@@ -1,15 +1,19 @@
-"""Shapes, initialisation and switches of the network; its outputs are compared with published ones in test_golden.py."""
+"""Shapes, initialisation and switches of the network; test_golden.py compares its outputs with published ones."""
 import pytest
 import torch
 from torch.testing import assert_close
 
-from model import MODELS, attend, position_table, rotary_table, rotate
+from model import FAMILIES, MODELS, attend, position_table, rotary_table, rotate
 
 
-@pytest.mark.parametrize("family", ["DiT", "SiT", "LightningDiT", "TiT"])
+def small(name="TiT-XXS/4", **more):
+    return MODELS[name](**{**dict(input_size=8, in_channels=3, num_classes=2), **more})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("patch", [1, 2, 4, 8])
 def test_shapes_and_zero_start(family, patch):
-    net = MODELS[f"{family}-XXS/{patch}"](input_size=8, in_channels=5, num_classes=7)
+    net = small(f"{family}-XXS/{patch}", in_channels=5, num_classes=7)
     x, t, y = torch.randn(2, 5, 8, 8), torch.tensor([0.0, 1.0]), torch.tensor([0, 7])
     out = net(x, t, y)
     assert out.shape == x.shape and net.num_classes == 7 and (out == 0).all()
@@ -18,16 +22,27 @@ def test_shapes_and_zero_start(family, patch):
 
 
 def test_every_input_matters_once_trained():
-    net = MODELS["TiT-XXS/2"](input_size=8, in_channels=3, num_classes=2)
+    net = small("TiT-XXS/2")
     for p in net.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.2)
     x, t, y = torch.randn(1, 3, 8, 8), torch.tensor([0.5]), torch.tensor([0])
     out = net(x, t, y)
-    assert all((out - net(*other)).abs().max() > 1e-3 for other in ((x + 0.1, t, y), (x, t + 0.1, y), (x, t, y + 2), (x.flip(-1), t, y)))
+    for other in ((x + 0.1, t, y), (x, t + 0.1, y), (x, t, y + 2), (x.flip(-1), t, y)):
+        assert (out - net(*other)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name, millions", [("DiT-S/2", 33), ("DiT-B/4", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675), ("SiT-XL/2", 675)])
+def test_x_pred_is_the_velocity_of_the_data_that_the_layers_estimate():
+    plain, net = small(), small(x_pred=True)
+    torch.nn.init.normal_(plain.final_layer.linear.weight)
+    net.load_state_dict(plain.state_dict())
+    x_t, t, y = torch.randn(3, 3, 8, 8), torch.tensor([0.01, 0.3, 0.9]), torch.tensor([0, 1, 2])
+    expected = (x_t - plain(x_t, t, y)) / torch.tensor([0.05, 0.3, 0.9]).view(-1, 1, 1, 1)
+    assert_close(net(x_t, t, y), expected)
+
+
+@pytest.mark.parametrize("name, millions", [("DiT-S/2", 33), ("DiT-B/4", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675),
+                                            ("SiT-XL/2", 675)])
 def test_published_sizes(name, millions):
     with torch.device("meta"):
         net = MODELS[name](input_size=32, in_channels=4, num_classes=1000)
@@ -35,8 +50,8 @@ def test_published_sizes(name, millions):
 
 
 def test_patch_must_divide_the_image():
-    with pytest.raises(ValueError, match="28 is not divisible by the model's patch size 8; patch sizes that fit: 1, 2, 4"):
-        MODELS["TiT-XXS/8"](input_size=28, in_channels=1, num_classes=10)
+    with pytest.raises(ValueError, match="28 is not divisible .* 8; .*: 1, 2, 4"):
+        small("TiT-XXS/8", input_size=28)
 
 
 def test_rotary_scores_depend_on_relative_position_only():
@@ -56,16 +71,15 @@ def test_position_table_has_the_column_first():
 
 def test_plain_attention_is_the_fused_one():
     q, k, v = torch.randn(3, 2, 3, 16, 8)
-    exact = attend(q.double(), k.double(), v.double())
-    assert_close(attend(q, k, v), exact.float(), rtol=1e-4, atol=1e-5)
-    assert_close(attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), exact.float(), rtol=0.05, atol=0.03)
+    exact = attend(q.double(), k.double(), v.double()).float()
+    assert_close(attend(q, k, v), exact, rtol=1e-4, atol=1e-5)
+    assert_close(attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), exact, rtol=0.05, atol=0.03)
 
 
 def test_recomputing_activations_changes_nothing():
-    net = MODELS["TiT-XXS/4"](input_size=8, in_channels=3, num_classes=2)
+    net, grads = small(), []
     torch.nn.init.normal_(net.final_layer.linear.weight)
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([0, 1])
-    grads = []
     for net.grad_checkpoint in (False, True):
         net.zero_grad()
         net(x, t, y).square().mean().backward()
@@ -74,8 +88,7 @@ def test_recomputing_activations_changes_nothing():
 
 
 def test_time_is_embedded_in_float32_under_autocast():
-    net = MODELS["TiT-XXS/4"](input_size=8, in_channels=3, num_classes=2)
-    t = torch.tensor([0.5, 0.501])
+    net, t = small(), torch.tensor([0.5, 0.501])
     with torch.autocast("cpu", torch.bfloat16):
         low = net.t_embedder(t)
     assert low.dtype == torch.float32

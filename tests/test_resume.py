@@ -1,0 +1,310 @@
+"""A run goes on as if nothing had happened: resume, any split of the batch, numbers that are not finite, damage."""
+import copy
+import hashlib
+import json
+import math
+import os
+import pickle
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import RUNS, assert_same, log_of, reached, start_from, train
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from toys import SMALL, TINY, run, states
+
+import checkpoint
+import data
+import engine
+import model
+from checkpoint import load_model
+from config import Config
+from objective import Objective
+from train import BLOCK, Muon, blocks_of, draw, learning_rate, orthogonal, sample_indices, split_batch
+
+OLD_RUN = Path(__file__).resolve().parent / "old_run"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def one_line(err, *words):
+    return err.startswith("error: ") and err.strip().count("\n") == 0 and all(word in err for word in words)
+
+
+# ---- resume -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_is_exact(capsys, name):
+    """Stopped half-way and resumed: the same weights, averages, teacher and optimiser, and the same log."""
+    start_from(RUNS[name], capsys)
+    train("--steps", 14, "--out", "straight", *RUNS[name], capsys=capsys)
+    train("--steps", 7, "--out", "halves", *RUNS[name], capsys=capsys)
+    out = train("--steps", 14, "--out", "halves", *RUNS[name], capsys=capsys)
+    assert "resumed from halves/state_00000007" in out
+    assert_same("straight", "halves")
+    keys = ("step", "loss", "loss_by_t", "grad_norm", "lr")
+    logs = [{line["step"]: [line[key] for key in keys] for line in log_of(out) if "loss" in line}
+            for out in ("straight", "halves")]
+    assert logs[0].keys() == {5, 10, 14} and logs[1][5] == logs[0][5] and logs[1][14][3:] == logs[0][14][3:]
+
+
+@pytest.fixture
+def nano(monkeypatch):
+    """The network of tests/old_run."""
+    settings = dict(patch_size=4, depth=1, hidden_size=16, num_heads=2, **model.FAMILIES["TiT"])
+    monkeypatch.setitem(model.MODELS, "TiT-nano/4", partial(model.DiT, **settings))
+
+
+def test_a_run_with_the_former_names_of_settings_goes_on(nano, capsys):
+    """tests/old_run was written under other names of the settings; its program logged the losses below."""
+    shutil.copytree(OLD_RUN / "many", "many")
+    shutil.copytree(OLD_RUN / "few", "few")
+    flags = ("--image_size 8 --model TiT-nano/4 --batch_size 16 --no-compile --dtype float32 --device cpu "
+             "--log_every 2 --warmup 5 --warmdown 0").split()
+    status, out, err = run("train.py", *flags, "--steps", 20, "--out", "many", capsys=capsys)
+    assert status == 0 and "resumed from many/state_00000010" in out, err
+    losses = {line["step"]: line["loss"] for line in log_of("many") if line.get("step", 0) > 10 and "loss" in line}
+    assert losses == pytest.approx({12: 0.710922, 14: 0.610161, 16: 0.58915, 18: 0.714043, 20: 0.424769}, rel=1e-4)
+    flags = flags[:-4]
+    status, out, err = run("train.py", "--recipe", "shapes-few", *flags, "--steps", 6, "--init_from", "many",
+                           "--out", "few", capsys=capsys)
+    assert status == 0 and "resumed from few/state_00000004" in out and reached("few") == 6, err
+
+
+def test_the_state_that_was_resumed_from_is_let_go(capsys, monkeypatch):
+    """At the next save the process maps no state file: once it is pruned, its disk is free."""
+    maps, original = [], checkpoint.state_tensors
+
+    def state_tensors(*arguments):
+        maps.append(Path("/proc/self/maps").read_text())
+        return original(*arguments)
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("only Linux lists what a process maps")
+    train("--steps", 2, "--optimizer", "muon", capsys=capsys)
+    with checkpoint.safetensors.safe_open(states("runs/shapes")[0], "pt") as file:
+        held = file.get_tensor("net.pos_embed")
+    assert "state_" in Path("/proc/self/maps").read_text()      # so it would be seen
+    del file, held
+    monkeypatch.setattr(checkpoint, "state_tensors", state_tensors)
+    train("--steps", 4, "--optimizer", "muon", capsys=capsys)
+    assert len(maps) == 1 and "state_" not in maps[0]
+
+
+def test_a_complete_run_says_so_and_fresh_starts_over(capsys):
+    train("--steps", 2, capsys=capsys)
+    assert "this run is complete" in train("--steps", 2, capsys=capsys)
+    assert "resumed" not in train("--steps", 2, "--fresh", capsys=capsys)
+    assert Path("runs/shapes.old1/model.safetensors").exists()
+
+
+def test_other_settings_are_refused_by_name(capsys):
+    """What decides the result must stay, or be allowed to change; where and how fast it runs is free."""
+    train("--steps", 2, capsys=capsys)
+    flags = ["--sample_steps", 2, "--steps", 4]
+    for more, words in ((("--seed", 3, "--lr", 0.1), ("seed: 0 -> 3", "lr: 0.008 -> 0.1", "--allow_change")),
+                        (("--init_from", "elsewhere"), ("init_from:  -> elsewhere",)),
+                        (("--ema", 0.9, "--allow_change"), ("ema0.9",)),
+                        (("--optimizer", "muon", "--allow_change"), ("adamw", "muon")),
+                        (("--steps", 1), ("already at step 2",))):
+        status, _, err = run("train.py", *TINY, *flags, *more, capsys=capsys)
+        assert status == 2 and one_line(err, *words)
+    free = ("--log_every", 2, "--micro_batch", 16, "--grad_checkpoint", "--save_every", 3)
+    assert "resumed" in train("--steps", 4, "--seed", 3, "--allow_change", *free, capsys=capsys)
+
+
+def test_kept_checkpoints(capsys):
+    train("--steps", 7, "--save_every", 2, capsys=capsys)
+    assert [int(path.name[6:14]) for path in states("runs/shapes")] == [6, 7]
+    assert not list(Path("runs/shapes").glob("*.tmp"))
+
+
+# ---- the split of the batch ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("micro", [0, 16, 32])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_batch_does_not_depend_on_how_it_is_dealt_out(monkeypatch, world, micro):
+    """All processes and accumulation steps together work on the same images, times, noise and drops."""
+    config = Config(batch_size=128, steps=3, micro_batch=micro)
+    objective, generator = Objective(), torch.Generator()
+    accumulate = split_batch(config, world)
+    assert config.batch_size // world // accumulate <= (micro or 128)
+    parts = []
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        batches = sample_indices(config, accumulate, 1)
+        for step in (1, 2):
+            for turn in range(accumulate):
+                positions = next(batches)
+                x = torch.zeros(len(positions), 1, 2, 2)
+                drawn = draw(objective, x, x[:, 0, 0, 0], 5, step, blocks_of(config, accumulate, turn), generator)
+                parts.append((torch.from_numpy(positions), *drawn))
+        assert next(batches, None) is None
+    positions, t, z, drop = (torch.cat(rows) for rows in zip(*parts))
+    order = positions.argsort()
+    assert positions[order].tolist() == list(range(128, 384))
+    for block in range(16):
+        step, number, rows = 1 + block // 8, block % 8, order[block * BLOCK:(block + 1) * BLOCK]
+        generator.manual_seed(data.key(5, step, number))
+        x = torch.zeros(BLOCK, 1, 2, 2)
+        expected = objective.draw(x, x[:, 0, 0, 0], generator)
+        for ours, theirs in zip((t, z, drop), expected):
+            assert torch.equal(ours[rows], theirs)
+
+
+def test_same_seed_same_weights_and_micro_batches_do_not_matter(capsys):
+    weights = {}
+    for out, extra in (("a", ""), ("b", ""), ("c", "--micro_batch 16"), ("d", "--seed 1")):
+        flags = ["--batch_size", 48, "--dtype", "float32", "--out", out, *extra.split()]
+        assert run("train.py", *SMALL, *flags, capsys=capsys)[0] == 0
+        weights[out] = torch.cat([p.flatten() for p in load_model(out)[0].parameters()])
+    assert torch.equal(weights["a"], weights["b"])
+    norm = weights["a"].norm()
+    assert (weights["a"] - weights["c"]).norm() < 1e-6 * norm < (weights["a"] - weights["d"]).norm()
+
+
+# ---- damage -------------------------------------------------------------------------------------------
+
+def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_used(home, capsys):
+    """Cut, one bit flipped, emptied: the run goes on from the state before, to the same weights."""
+    train("--steps", 6, "--save_every", 2, "--out", "straight", capsys=capsys)
+    train("--steps", 4, "--save_every", 2, "--out", "sound", capsys=capsys)
+    flipped = bytearray(states("sound")[-1].read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    for out, content in (("cut", flipped[:-1000]), ("flipped", flipped), ("emptied", b"")):
+        shutil.copytree("sound", out)
+        newest = states(out)[-1]
+        newest.write_bytes(content)
+        printed = train("--steps", 6, "--save_every", 2, "--out", out, capsys=capsys)
+        assert f"{newest} is damaged" in printed and f"resumed from {out}/state_00000002" in printed
+        assert_same("straight", out)
+
+
+def test_a_malicious_pickle_is_never_executed(home, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(home / "executed"),)
+    bomb = pickle.dumps(Bomb())
+    train("--steps", 1, "--out", "run", capsys=capsys)
+    right = hashlib.sha256(bomb).hexdigest()[:16]                # even with a right checksum
+    Path(f"run/state_00000099.{right}.safetensors").write_bytes(bomb)
+    status, _, err = run("train.py", *TINY, "--steps", 20, "--out", "run", capsys=capsys)
+    assert status == 2 and one_line(err, "state_00000099")
+    Path("bomb.safetensors").write_bytes(bomb)
+    torch.save({"model": Bomb()}, "bomb.pt")
+    for file in ("bomb.safetensors", "bomb.pt"):
+        assert run("sample.py", "--ckpt", file, capsys=capsys)[0] == 2
+        assert run("train.py", *TINY, "--out", "other", "--init_from", file, capsys=capsys)[0] == 2
+    assert not Path("executed").exists()
+    pickle.loads(bomb)
+    assert Path("executed").exists()                            # it would have been seen
+
+
+# ---- numbers that are not finite ----------------------------------------------------------------------
+
+def plant(monkeypatch, bad):
+    """NaN in the first image of every step for which bad(step)."""
+    original = data.Shapes.__getitem__
+
+    def getitem(self, positions):
+        x, y = original(self, positions)
+        firsts = [k for k, p in enumerate(map(int, positions)) if p < 2**60 and p % 64 == 0 and bad(p // 64)]
+        x[firsts] = float("nan")
+        return x, y
+    monkeypatch.setattr(data.Shapes, "__getitem__", getitem)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "radam", "muon"])
+def test_one_nan_is_skipped_and_counted(capsys, monkeypatch, optimizer):
+    """The step leaves weights and optimiser alone, the log counts it, and the run goes on."""
+    train("--steps", 3, "--out", "before", "--optimizer", optimizer, capsys=capsys)
+    plant(monkeypatch, lambda step: step == 3)
+    train("--steps", 4, "--out", "skipped", "--optimizer", optimizer, capsys=capsys)
+    before, after = (load_file(states(out)[-1]) for out in ("before", "skipped"))
+    for name in before:
+        if name.startswith(("net.", "optimizer.")):
+            assert_close(before[name], after[name], rtol=0, atol=0, msg=name)
+    train("--steps", 10, "--out", "skipped", "--optimizer", optimizer, capsys=capsys)
+    lines = [line for line in log_of("skipped") if "loss" in line]
+    assert [line["skipped"] for line in lines] == [1, 0, 0] and all(np.isfinite(line["loss"]) for line in lines)
+    assert not torch.equal(load_file(states("skipped")[-1])["net.final_layer.linear.weight"],
+                           after["net.final_layer.linear.weight"])
+
+
+def test_nan_from_then_on_stops_the_run_with_a_usable_checkpoint(home, capsys, monkeypatch):
+    """One line that names a time t; the last checkpoint is finite and goes on once the data are good."""
+    monkeypatch.setattr(engine, "MAX_SKIPPED", 5)
+    plant(monkeypatch, lambda step: step >= 7)
+    status, out, err = run("train.py", *TINY, "--sample_steps", 2, "--save_every", 5, "--steps", 100, capsys=capsys)
+    assert status == 2 and "t = 0." in out + err and "15" in err.splitlines()[-1]
+    assert reached("runs/shapes") >= 10
+    assert all(value.isfinite().all() for value in load_file(states("runs/shapes")[-1]).values())
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    before = reached("runs/shapes")
+    train("--save_every", 5, "--steps", 18, "--allow_change", capsys=capsys)
+    assert before < reached("runs/shapes") == 18 and np.isfinite(log_of("runs/shapes")[-1]["held_out_loss"])
+
+
+# ---- Muon and the learning rate -----------------------------------------------------------------------
+
+def small_net():
+    block = torch.nn.Sequential()
+    block.mlp = torch.nn.Sequential()
+    block.mlp.w, block.attn = torch.nn.Linear(6, 10), torch.nn.Sequential(torch.nn.Linear(10, 4))
+    block.adaLN_modulation, head = torch.nn.Linear(4, 8), torch.nn.Sequential()
+    head.mlp = torch.nn.Linear(4, 3)
+    return torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([block]), "head": head})
+
+
+def test_orthogonal_keeps_the_singular_vectors_and_evens_the_values():
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 6, generator=generator))[0] for n in (9, 30))
+    for values in (torch.ones(6), torch.linspace(0.05, 3, 6), torch.tensor([1e3, 900, 800, 700, 600, 500])):
+        for left, right in ((u, v), (v, u)):
+            for dtype, off in ((torch.bfloat16, 0.02), (torch.float32, 1e-4)):
+                x = orthogonal(left @ values.diag() @ right.T, dtype)
+                middle = left.T @ x.float() @ right
+                assert x.dtype == dtype and (middle - middle.diag().diag()).abs().max() < off
+                assert 0.65 < middle.diag().min() and middle.diag().max() < 1.25
+
+
+def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch before 2.9 has no Muon to compare with")
+    net = small_net()
+    twin = copy.deepcopy(net)
+    ours = Muon(net, torch.bfloat16, 0.02, (0.9, 0.99), weight_decay=0.1, fused=True)
+    matrices = [twin.blocks[0].mlp.w.weight, twin.blocks[0].attn[0].weight]
+    assert [tuple(p.shape) for p in ours.matrices] == [tuple(p.shape) for p in matrices]
+    rest = [p for p in twin.parameters() if all(p is not m for m in matrices)]
+    theirs = (torch.optim.Muon(matrices, 0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+              torch.optim.AdamW(rest, 0.02, (0.9, 0.99), weight_decay=0.1, fused=True))
+    for _ in range(5):
+        for p, q in zip(net.parameters(), twin.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        for optimizer in theirs:
+            optimizer.step()
+    for p, q in zip(net.parameters(), twin.parameters()):
+        assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    """lr (step + 1) / warmup, then lr, then lr (1 - cos(pi left)) / 2; without warm-down it stays."""
+    config = Config(lr=0.4, warmup=10, warmdown=0.5, steps=100)
+    found = [learning_rate(config, step) for step in range(101)]
+    expected = [0.4 * (step + 1) / 10 for step in range(10)] + [0.4] * 40
+    expected += [0.2 * (1 - math.cos(math.pi * (100 - step) / 50)) for step in range(50, 101)]
+    assert found == pytest.approx(expected) and found[100] == 0
+    constant = Config(lr=0.4, warmup=0, warmdown=0, steps=100)
+    assert {learning_rate(constant, step) for step in range(101)} == {0.4}
