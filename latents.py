@@ -317,7 +317,7 @@ def finish(out, settings, classes):
         leftover.unlink()
     count = sum(len(shard["pictures"]) for shard in shards.values())
     print(*bad, f"{out}: {count} images encoded, {len(bad)} could not be read. Next: python train.py "
-          f"--recipe in{settings['size']}-sd --data latents:{out}, or the recipe of this autoencoder", sep="\n")
+          f"--recipe in{settings['size']}-sd --data latents:{out}, or that of this autoencoder", sep="\n")
 
 
 # ---- reading ------------------------------------------------------------------------------------------

@@ -75,6 +75,15 @@ def rho_at(rho, transport, now, after):
     return float((2 * (now - after).abs() * transport.alpha(now) / transport.alpha(after) ** 2).clamp(0, 1))
 
 
+def with_guidance(net, cfg_scale, null):
+    """A network that answers F_null + cfg_scale (F_y - F_null), by one call of twice the batch."""
+    def guided(x, t, y):
+        both = torch.cat([y, torch.full_like(y, null)])
+        F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return F_null + cfg_scale * (F_y - F_null)
+    return guided
+
+
 @torch.no_grad()
 def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1, schedule=(1.0, 1.0, 1.0),
            gap=(1e-3, 1e-3), cfg_scale=1.0, cfg_interval=(0.0, 1.0), times=None, null=None, noise=None,
@@ -82,33 +91,25 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
     """Images x_hat like z (B, ...) from noise z and classes y (B,).
 
     net(x, t, y) -> like x, called in z's dtype. kappa: a number or "auto". rho: a number in 0..1 or "sde".
-    times: a grid in place of steps, schedule and gap. Guidance: F_null + cfg_scale (F_y - F_null) inside the
-    interval; null, by default net.num_classes, is the null class. noise(i) -> fresh noise like z.
-    on_step(i, t, x_hat) sees each raw prediction. ValueError: settings that exclude each other, or a first
-    time at which the formula divides by zero.
+    times: a grid in place of steps, schedule and gap. null: the null class of guidance, by default
+    net.num_classes. noise(i) -> fresh noise like z. on_step(i, t, x_hat) sees each raw prediction. ValueError:
+    settings that exclude each other, or a first time at which the formula divides by zero.
     """
     transport = resolve(transport)
-    if times is None:
-        times = time_grid(steps, schedule, gap, order)
+    times = time_grid(steps, schedule, gap, order) if times is None else times
     times = [*(float(t) for t in times if t != 0), 0.0]
     null = getattr(net, "num_classes", None) if null is None else null
     noise = noise or (lambda i: torch.randn_like(z))
     check_sampler(transport, times, kappa, rho, order, cfg_scale, null)
     x = z.to(torch.float32 if z.device.type == "mps" else torch.float64)     # the state; MPS has no float64
     t = torch.tensor(times, dtype=x.dtype)                                   # (N + 1,), on the CPU
-    last = len(times) - 2
+    last, before, guided = len(times) - 2, None, with_guidance(net, cfg_scale, null)
 
     def denoise(x, i):
-        def guided_net(x, t, y):
-            x, t = x.to(z.dtype), t.to(z.dtype)
-            if not is_guided(transport, times[i], cfg_scale, cfg_interval):
-                return net(x, t, y)
-            both = torch.cat([y, torch.full_like(y, null)])
-            F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-            return F_null + cfg_scale * (F_y - F_null)
-        return predict(guided_net, transport, x, t[i].to(x.device).expand(len(x)), y)[1:]
+        ask = guided if is_guided(transport, times[i], cfg_scale, cfg_interval) else net
+        in_dtype = lambda x, t, y: ask(x.to(z.dtype), t.to(z.dtype), y)
+        return predict(in_dtype, transport, x, t[i].to(x.device).expand(len(x)), y)[1:]
 
-    before = None
     for i in range(last + 1):
         x_raw, z_raw = x_hat, z_hat = denoise(x, i)
         if on_step:

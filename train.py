@@ -93,8 +93,8 @@ def draw(objective, x, y, seed, step, blocks, generator):
 # ---- optimiser and averages ---------------------------------------------------------------------------
 
 def orthogonal(matrix, dtype):
-    """U V^T of the matrix U S V^T, nearly: five steps of a quintic iteration bring singular values that are not
-    tiny to 0.7 .. 1.2 (https://kellerjordan.github.io/posts/muon)."""
+    """U V^T of the matrix U S V^T, nearly: five steps of a quintic iteration bring values that are not tiny
+    to 0.7 .. 1.2 (https://kellerjordan.github.io/posts/muon)."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(dtype).T if tall else matrix.to(dtype)
     x = x / x.norm().clamp(min=1e-7)
