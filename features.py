@@ -81,7 +81,8 @@ def inception_weights(path):
     file = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rpartition("/")[2])
     try:
         if not path and not file.is_file():
-            torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True, weights_only=True)
+            torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True,
+                                               weights_only=True)
         return torch.load(file, map_location="cpu", weights_only=True), file_hash(file)
     except Exception as error:
         reason = str(error).splitlines()[0]

@@ -92,8 +92,8 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
 
     net(x, t, y) -> like x, called in z's dtype. kappa: a number or "auto". rho: a number in 0..1 or "sde".
     times: a grid in place of steps, schedule and gap. null: the null class of guidance, by default
-    net.num_classes. noise(i) -> fresh noise like z. on_step(i, t, x_hat) sees each raw prediction. ValueError:
-    settings that exclude each other, or a first time at which the formula divides by zero.
+    net.num_classes. noise(i) -> fresh noise like z. on_step(i, t, x_hat) sees each raw prediction.
+    ValueError: settings that exclude each other, or a first time at which the formula divides by zero.
     """
     transport = resolve(transport)
     times = time_grid(steps, schedule, gap, order) if times is None else times
