@@ -6,10 +6,12 @@ place in the data are functions of (seed, step), so there is nothing else. Nothi
 """
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
-import pickle
+import re
+import socket
 import tempfile
 from pathlib import Path
 
@@ -22,8 +24,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import model
 import published
 from config import Config, nearest, recipe_row
+from engine import one_line
 
 KEEP = 2            # newest states that are kept
+UMASK = os.umask(0)
+os.umask(UMASK)     # the only way to read it is to set it
 
 
 # ---- safe writing -------------------------------------------------------------------------------------
@@ -41,21 +46,54 @@ def atomic_write(path, write):
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-        os.chmod(temporary, 0o644)
+        with contextlib.suppress(OSError):      # file systems of other systems have no modes
+            os.chmod(temporary, 0o666 & ~UMASK)
         flush(temporary)
         os.replace(temporary, path)
-        flush(path.parent)
+        with contextlib.suppress(OSError):      # nor let a folder be flushed
+            flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}
+
+
 @contextlib.contextmanager
 def ignore_disk_errors(what, tell):
-    """A report or a checkpoint that cannot be written does not end a run: tell(line), and go on."""
+    """A full or failing disk does not end a run: tell(line), and go on. ValueError for what does not pass."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
+        number = re.search(r"os error (\d+)", str(error))       # safetensors has it in its text only
+        number = int(number[1]) if number else getattr(error, "errno", None)
+        if number not in PASSING:
+            raise ValueError(f"{what} cannot be written ({error})") from error
         tell(f"{what} could not be written ({error}): the run goes on; free some disk space")
+
+
+def claim_folder(out):
+    """Make a folder, see that it can be written to, and keep other runs out: the file returned holds a lock
+    until it is closed, or the process dies. ValueError names the process that has it."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "a+")
+    except OSError as error:
+        raise ValueError(f"cannot write into {out} ({error}): give another --out") from error
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        owner = lock.read().strip()
+        raise ValueError(f"{out} is in use by {owner}: stop it, or give another --out") from error
+    except (ImportError, OSError):              # Windows, and file systems without locks
+        pass
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
 
 
 # ---- metadata -----------------------------------------------------------------------------------------
@@ -112,8 +150,7 @@ def hub_errors(what, hint):
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{what} ({reason}): {hint}") from error
+        raise ValueError(f"{what} ({one_line(error)}): {hint}") from error
 
 
 def find_model(path):
@@ -142,11 +179,11 @@ def read_tensors(file, device="cpu"):
             return tensors, {}, extras
         with safetensors.safe_open(file, "pt", device=str(device)) as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-            return tensors, stored.metadata() or {}, {"projectors": False}
-    except (safetensors.SafetensorError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file} is not a file of weights that can be read safely ({reason}); expected a "
-                         "model.safetensors that train.py wrote, or a published checkpoint") from error
+            tensors, extras = published.clean(tensors, {})
+            return tensors, stored.metadata() or {}, extras
+    except Exception as error:          # damage has many names: pickle's, zipfile's, unicode's, ...
+        raise ValueError(f"{file} is not a file of weights that can be read safely ({one_line(error)}); expected "
+                         "a model.safetensors that train.py wrote, or a published checkpoint") from error
 
 
 def load_model(path, device="cpu", recipe=""):
@@ -158,8 +195,11 @@ def load_model(path, device="cpu", recipe=""):
     file, row = find_model(path), recipe_row(recipe) if recipe else {}
     tensors, metadata, extras = read_tensors(file, device)
     if metadata.get("format", "").startswith("nanoUCGM"):
-        config = read_config(metadata)
-        names, shape = json.loads(metadata["names"]), json.loads(metadata["shape"])
+        try:
+            config = read_config(metadata)
+            names, shape = json.loads(metadata["names"]), json.loads(metadata["shape"])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} has damaged metadata ({one_line(error)})") from error
         config = dataclasses.replace(config, **{name: row[name] for name in SAMPLING & row.keys()})
         net = build(config, shape, len(names))
     else:
@@ -238,7 +278,8 @@ def save_state(out, tensors, net, config, names, step):
     temporary = out / "state.tmp"
     try:
         safetensors.torch.save_file(tensors, temporary, write_metadata(net, config, names, step=str(step)))
-        atomic_write(out / f"state_{step:08d}.{checksum(temporary)}.safetensors", temporary.rename)
+        written = out / f"state_{step:08d}.{checksum(temporary)}.safetensors"
+        atomic_write(written, temporary.rename)
     finally:
         temporary.unlink(missing_ok=True)
     for k, decay in enumerate(config.ema):
@@ -247,8 +288,16 @@ def save_state(out, tensors, net, config, names, step):
                    if name.startswith(prefix)}
         name = f"model_ema{decay:g}.safetensors" if k else "model.safetensors"
         save_model(out / name, weights, net, config, names)
-    for path in sorted(out.glob("state_*.safetensors"), reverse=True)[KEEP:]:
-        path.unlink()
+    for path in find_states(out)[KEEP:]:
+        if path != written:
+            path.unlink()
+
+
+def find_states(out):
+    """The states that a run wrote into a folder, newest first; a user's copies have other names."""
+    pattern = re.compile(r"state_(\d{8,})\.[0-9a-f]{16}\.safetensors")
+    ours = [path for path in Path(out).glob("state_*") if pattern.fullmatch(path.name)]
+    return sorted(ours, key=lambda path: int(path.name[6:].partition(".")[0]), reverse=True)
 
 
 def checksum(path):
@@ -258,7 +307,7 @@ def checksum(path):
 
 def newest_state(out):
     """The newest state in a folder whose bytes have their checksum, or None; damaged ones are renamed."""
-    for path in sorted(Path(out).glob("state_*.safetensors"), reverse=True):
+    for path in find_states(out):
         if checksum(path) == path.name.split(".")[1]:
             return path
         print(f"{path} is damaged (other bytes than its checksum): using the one before, if there is one")
@@ -267,13 +316,13 @@ def newest_state(out):
 
 
 def read_state(path):
-    """(Config, step) of a state file."""
+    """(Config, step, class names) of a state file."""
     try:
         with safetensors.safe_open(path, "pt") as stored:
             metadata = stored.metadata() or {}
-            return read_config(metadata), int(metadata["step"])
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
-        raise ValueError(f"{path} is not a state file that train.py wrote ({error}): remove it, "
+            return read_config(metadata), int(metadata["step"]), json.loads(metadata["names"])
+    except Exception as error:
+        raise ValueError(f"{path} is not a state file that train.py wrote ({one_line(error)}): remove it, "
                          "and the one before will be used") from error
 
 
@@ -284,22 +333,40 @@ def restore_state(path, config, nets, optimizer):
         raise ValueError(f"the run that is to go on has the state of {config.optimizer}, not of {kind}: "
                          "begin another --out with --init_from this one")
     with safetensors.safe_open(path, "pt") as stored:      # closed afterwards: pruning frees the disk
-        names = list(stored.keys())
-        if lacking := [part for part in nets if not any(name.startswith(f"{part}.") for name in names)]:
-            raise ValueError(f"the run that is to go on has no {' or '.join(lacking)}: leave --ema and the "
-                             "enhancement as they were, or begin another --out")
-        for part, net in nets.items():
-            for name, value in net.state_dict().items():
-                value.copy_(shard_like(stored.get_tensor(f"{part}.{name}"), value))
-        for name, parameter in nets["net"].named_parameters():
-            prefix = f"optimizer.{name}."
-            for key in (key for key in names if key.startswith(prefix)):
-                value = stored.get_tensor(key).clone()
-                if value.shape == parameter.shape:
-                    value = shard_like(value, parameter)
-                elif optimizer.defaults.get("fused"):       # its step count lies beside the weights
-                    value = value.to(parameter.device)
-                optimizer.state[parameter][key.removeprefix(prefix)] = value
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        weights = {f"{part}.{name}": value for part, net in nets.items()
+                   for name, value in net.state_dict().items()}
+        parameters = dict(nets["net"].named_parameters())
+        check_fit(tensors, weights, parameters)
+        for name, value in weights.items():
+            value.copy_(shard_like(tensors[name], value))
+        for name in (name for name in tensors if name.startswith("optimizer.")):
+            parameter, key = name.removeprefix("optimizer.").rsplit(".", 1)
+            value, parameter = tensors[name].clone(), parameters[parameter]
+            if value.shape == parameter.shape:
+                value = shard_like(value, parameter)
+            elif optimizer.defaults.get("fused"):           # its step count lies beside the weights
+                value = value.to(parameter.device)
+            optimizer.state[parameter][key] = value
+
+
+def check_fit(tensors, weights, parameters):
+    """ValueError lists what a state has otherwise than the networks: names, shapes, dtypes."""
+    def described(tensor):
+        return "nothing" if tensor is None else f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}"
+    parts = {name.partition(".")[0] for name in weights}
+    pairs = [(name, tensors.get(name), weights.get(name)) for name in sorted({*weights, *tensors})
+             if name.partition(".")[0] in parts]
+    for name, value in tensors.items():         # a moment is as its weight is, a count of steps a scalar
+        if name.startswith("optimizer.") and value.ndim:
+            weight = name.removeprefix("optimizer.").rsplit(".", 1)[0]
+            pairs.append((name, value, parameters.get(weight)))
+    wrong = [f"{name}: {described(was)} -> {described(now)}" for name, was, now in pairs
+             if described(was) != described(now)]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"the state is of other networks or averages ({'; '.join(wrong[:4])}{more}): begin "
+                         "another --out, or go back to the settings of before")
 
 
 def set_aside(out):
@@ -308,4 +375,5 @@ def set_aside(out):
     while out.with_name(f"{out.name}.old{k}").exists():
         k += 1
     if out.exists():
+        claim_folder(out).close()
         out.rename(out.with_name(f"{out.name}.old{k}"))

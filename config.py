@@ -6,14 +6,28 @@ a row of overrides; flags that are given win over it. A run's Config travels wit
 import argparse
 import dataclasses
 import difflib
+import math
+import os
+import re
 from dataclasses import dataclass, fields
 
 from objective import Objective
 
 
-def setting(default, text, group=None):
-    """A field with its line of help. group: the title, if a group of flags starts here."""
-    return dataclasses.field(default=default, metadata={"help": text, "group": group})
+def setting(default, text, group=None, least=None):
+    """A field with its line of help. group: the title, if a group of flags starts here. least: of its number."""
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, "least": least})
+
+
+def check_numbers(settings):
+    """ValueError for a number that is not finite, or below the least that its field allows."""
+    for f in fields(settings):
+        value, least = getattr(settings, f.name), f.metadata.get("least")
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+        if not all(math.isfinite(v) for v in numbers):
+            raise ValueError(f"{f.name} is {text_of(value)}; it must be finite")
+        if least is not None and numbers and min(numbers) < least:
+            raise ValueError(f"{f.name} is {text_of(value)}; it must be at least {least}")
 
 
 @dataclass
@@ -21,7 +35,7 @@ class Config:
     recipe: str = setting("shapes", "a row of the recipes below", "the run")
     out: str = setting("", "folder of the run; empty: runs/RECIPE")
     init_from: str = setting("", "start from, and be taught by: a run, a file, hf://USER/REPO[/FILE]")
-    seed: int = setting(0, "decides everything random")
+    seed: int = setting(0, "decides everything random", least=0)
     fresh: bool = setting(False, "start over; what the folder held is renamed, not lost")
     allow_change: bool = setting(False, "resume although settings that change the result differ")
     device: str = setting("auto", "cuda, mps or cpu; auto: the first of these that is there")
@@ -32,7 +46,7 @@ class Config:
 
     data: str = setting("shapes", "shapes, mnist, cifar10, folder:PATH, npz:PATH or latents:DIR", "data")
     data_dir: str = setting("data", "where mnist and cifar10 are kept, and downloaded to")
-    image_size: int = setting(0, "side in pixels, for shapes and folders; 0: 32, or the data's own")
+    image_size: int = setting(0, "side in pixels, for shapes and folders; 0: 32, or the data's own", least=0)
     labels: str = setting("all", "all; none: no classes; or one class, by name or number")
     vae: str = setting("", "autoencoder of latents: a name of latents.AUTOENCODERS, or NAME=PATH")
 
@@ -52,18 +66,18 @@ class Config:
     derivative: str = setting("central", "at lambda = 1: central or backward difference, or jvp (exact)")
     dt: float = setting(0.005, "step of the differences")
 
-    steps: int = setting(2000, "of training", "optimisation")
-    batch_size: int = setting(64, "over all processes and accumulation steps; a multiple of 16")
-    micro_batch: int = setting(0, "most images in one pass of one process; 0: its whole share at once")
+    steps: int = setting(2000, "of training", "optimisation", least=1)
+    batch_size: int = setting(64, "over all processes and accumulation steps; a multiple of 16", least=1)
+    micro_batch: int = setting(0, "most images in one pass of one process; 0: its whole share", least=0)
     optimizer: str = setting("adamw", "adamw, radam, or muon (for the matrices of attention and MLP)")
     lr: float = setting(2e-3, "learning rate after warm-up")
     betas: tuple = setting((0.9, 0.99), "of the optimiser")
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no limit")
-    warmup: int = setting(200, "steps over which lr rises from 0")
-    warmdown: float = setting(0.7, "last part of the run, over which lr falls to 0; 0: constant")
-    ema: tuple = setting((0.999,), "decays of averaged weights; the first is the model, others lie beside it")
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no limit", least=0)
+    warmup: int = setting(200, "steps over which lr rises from 0", least=0)
+    warmdown: float = setting(0.7, "last part of the run, over which lr falls to 0; 0: constant", least=0)
+    ema: tuple = setting((0.999,), "decays of averaged weights; the first is the model", least=0)
 
-    sample_steps: int = setting(20, "steps of the sampler", "sampler (sampler.py), the default of sample.py")
+    sample_steps: int = setting(20, "steps of the sampler", "sampler (sampler.py), the default of sample.py", least=1)
     kappa: float | str = setting("auto", "extrapolation: a number, or auto (second order)")
     rho: float | str = setting(0.0, "stochasticity: 0..1, or sde")
     schedule: tuple = setting((1.0, 1.0, 1.0), "warp of the time grid")
@@ -71,12 +85,13 @@ class Config:
     cfg_scale: float = setting(1.0, "classifier-free guidance; 1: off")
     cfg_interval: tuple = setting((0.0, 1.0), "where it is on, in the network's own time")
 
-    log_every: int = setting(50, "steps between two lines of log.jsonl", "reports and checkpoints")
-    save_every: int = setting(1000, "steps between two checkpoints, pages of images and held-out losses")
+    log_every: int = setting(50, "steps between two lines of log.jsonl", "reports and checkpoints", least=1)
+    save_every: int = setting(1000, "steps between two checkpoints, pages of images, held-out losses", least=1)
     report_to: str = setting("", "also report to tensorboard or wandb (pip install it first)")
 
     latent_mean: tuple = ()             # without a line of help: no flags, filled in from the data
     latent_std: tuple = ()
+    fingerprint: str = ""               # which images, in which order
 
     def __post_init__(self):
         for name in AT_LEAST_1:
@@ -114,7 +129,6 @@ class Config:
         return settings | {name: value for name, value in given.items() if value is not None}
 
 
-AT_LEAST_1 = ("steps", "batch_size", "log_every", "save_every", "sample_steps")
 WORDS = {"optimizer": ("adamw", "radam", "muon"), "dtype": ("auto", "bfloat16", "float32"),
          "report_to": ("", "tensorboard", "wandb")}
 FIXED_LENGTH = ("enhance_range", "time_beta", "betas", "schedule", "gap", "cfg_interval")
@@ -127,7 +141,9 @@ FREE = set("""out steps device compile micro_batch fsdp grad_checkpoint data_dir
 def differences(before, after):
     """The settings that decide the result and differ, as "name: was -> is"."""
     pairs = [(f.name, getattr(before, f.name), getattr(after, f.name)) for f in fields(Config)]
-    return [f"{name}: {was} -> {now}" for name, was, now in pairs if name not in FREE and was != now]
+    unknown = {"fingerprint"} if not before.fingerprint else set()      # of a run before it was kept
+    return [f"{name}: {was} -> {now}" for name, was, now in pairs
+            if name not in FREE | unknown and was != now]
 
 
 @dataclass
@@ -257,7 +273,12 @@ def numbers(text):
     return tuple(float(part) for part in text.split(","))
 
 
-READERS = {str: str, int: int, float: float, tuple: numbers, float | str: number_or_word}
+def expand_home(text):
+    """~ as the shell has it, also behind folder: and NAME=."""
+    return re.sub(r"(^|[:=])~(?=/|$)", lambda found: found[1] + os.path.expanduser("~"), text)
+
+
+READERS = {str: expand_home, int: int, float: float, tuple: numbers, float | str: number_or_word}
 METAVARS = {str: "TEXT", int: "N", float: "X", tuple: "X,X", float | str: "X"}
 
 
@@ -288,6 +309,7 @@ def read_flags(kind, argv, doc, epilog=""):
     if rest:
         flag = rest[0].split("=")[0]
         fail(f"unknown flag {flag}; nearest: {nearest(flag, [f'--{f.name}' for f in flags])}")
+    check_numbers(kind(**vars(given)))
     return vars(given)
 
 

@@ -15,13 +15,16 @@
 A finite set comes in a new order each epoch. A stream has no state: there is nothing to save, and processes
 need not agree on anything. `python data.py` draws a page of shapes.
 """
+import hashlib
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+
+from engine import one_line, print0, rank_and_world
+from images import find_classes, locked, read_folder
 
 # ---- randomness as a function -------------------------------------------------------------------------
 
@@ -109,7 +112,7 @@ class Shapes:
 
     def __init__(self, size=32, seed=0):
         self.shape, self.seed, self.names = (3, size, size), seed, list(SHAPES)
-        self.labelled, self.only = True, None
+        self.labelled, self.only, self.fingerprint = True, None, ""
         pixel = (torch.arange(size, dtype=torch.float32) + 0.5) / size - 0.5
         self.x, self.y = pixel[None, None, :], -pixel[None, :, None]                    # (1, 1, S), (1, S, 1)
 
@@ -149,10 +152,12 @@ class FiniteDataset:
     """A finite set as an endless stream: a new order each epoch, mirrored at random if `mirror`.
 
     read(indices, flip) -> float32 (B, C, S, S) with the rows of flip (bool) mirrored; labels (N,) int.
+    identity: bytes that say which images these are, in which order.
     """
 
-    def __init__(self, read, labels, shape, names, seed, mirror=False):
+    def __init__(self, read, labels, shape, names, seed, mirror=False, identity=b""):
         self.read, self.labels, self.shape, self.names = read, np.asarray(labels), tuple(shape), names
+        self.fingerprint = f"{len(self.labels)} images, {hashlib.sha256(identity).hexdigest()[:12]}"
         self.seed, self.mirror, self.permutations = seed, mirror, {}
 
     def __len__(self):
@@ -206,44 +211,14 @@ def from_uint8(read):
     return floats
 
 
-def read_rgb(path):
-    """An RGB Pillow image, transparency on white. ValueError names what it cannot read."""
-    try:
-        image = Image.open(path)
-        if image.mode.startswith("I;16"):       # Pillow clips 16 bits, we scale them
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path} ({error}): replace or remove it") from error
-
-
-def read_image(path, size):
-    """uint8 (3, size, size): shorter side to size, centre crop."""
-    image = ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def find_images(path):
-    """torchvision's ImageFolder: .samples of (path, label), and .classes."""
-    from torchvision.datasets import ImageFolder
-    expected = "expected one sub-folder a class: PATH/cats/1.png, PATH/dogs/2.jpg, ..."
-    if not Path(path).is_dir():
-        raise ValueError(f"no folder {path}; {expected}")
-    try:
-        return ImageFolder(path)
-    except OSError as error:
-        raise ValueError(f"no images in {path} ({str(error).splitlines()[0]}); {expected}") from error
-
-
-def open_folder(path, size, seed):
-    folder = find_images(path)
-    paths, labels = zip(*folder.samples)
-    read_image(paths[0], size)
-    read = from_uint8(lambda indices: np.stack([read_image(paths[i], size) for i in indices]))
-    return FiniteDataset(read, labels, (3, size, size), folder.classes, seed, mirror=True)
+def open_folder(path, size, seed, cache):
+    folder = find_classes(path)
+    print0(folder)
+    x, rows = read_folder(folder, size, cache, progress=rank_and_world()[0] == 0)
+    labels, names = np.asarray(folder.labels)[rows], folder.names()
+    identity = "\n".join(names[k] for k in rows).encode()
+    read = from_uint8(lambda indices: x[indices])
+    return FiniteDataset(read, labels, x.shape[1:], folder.classes, seed, True, identity)
 
 
 def from_arrays(x, y, names, seed, mirror=False):
@@ -255,8 +230,11 @@ def from_arrays(x, y, names, seed, mirror=False):
                          f"found x {x.dtype} {x.shape}, y {y.dtype} {y.shape}")
     x = x[..., None] if x.ndim == 3 else x
     x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))                                   # (N, C, S, S)
-    names = names or [str(k) for k in range(int(y.max()) + 1)]
-    return FiniteDataset(from_uint8(lambda indices: x[indices]), y, x.shape[1:], names, seed, mirror)
+    if not names:                   # numbers with gaps: only those that occur are classes
+        found, y = np.unique(y, return_inverse=True)
+        names = [str(k) for k in found]
+    identity = x.tobytes() + y.tobytes()
+    return FiniteDataset(from_uint8(lambda indices: x[indices]), y, x.shape[1:], names, seed, mirror, identity)
 
 
 def open_npz(path, seed):
@@ -265,43 +243,39 @@ def open_npz(path, seed):
     try:
         with np.load(path, allow_pickle=False) as file:
             x, y = file["x"], file["y"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an npz file with arrays x and y: {error}") from error
+    except Exception as error:      # damage has many names: zlib's, zipfile's, tokenize's, ...
+        raise ValueError(f"{path} is not an npz file with arrays x and y ({one_line(error)})") from error
     return from_arrays(x, y, None, seed)
 
 
 def open_torchvision(name, root, seed):
-    import fcntl
-
     import torchvision.datasets as sets
-    Path(root).mkdir(parents=True, exist_ok=True)
-    lock_file = Path(root) / ".lock" if os.access(root, os.W_OK) else os.devnull
     try:
-        with open(lock_file, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)        # one process downloads, the others then find it
+        with locked(root):          # one process downloads
             train = {"mnist": sets.MNIST, "cifar10": sets.CIFAR10}[name](root, train=True, download=True)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} is not in {root} and could not be downloaded ({reason}): copy it there, "
-                         "or use --data npz:PATH") from error
+        raise ValueError(f"{name} is not in {root} and could not be downloaded ({one_line(error)}): copy it "
+                         "there, or use --data npz:PATH") from error
     x, y, names = np.asarray(train.data), np.asarray(train.targets), [str(c) for c in train.classes]
     return from_arrays(x, y, names, seed, mirror=name == "cifar10")
 
 
 # ---- the one door -------------------------------------------------------------------------------------
 
-def open_dataset(name, size=None, seed=0, labels="all", root="data"):
+def open_dataset(name, size=None, seed=0, labels="all", root="data", cache=None):
     """The stream called `name`, of the table above but for latents. It has .shape (C, S, S), .names of the
     classes, select(class), hold_out(count), and len() if it is finite.
 
     size: of the images, for shapes and folders (default 32); others have their own. labels: "all", "none",
-    or a class by name or number. root: where downloads go. ValueError: what was found, what to type.
+    or a class by name or number. root: where downloads go. cache: where a folder is kept as one array.
+    ValueError: what was found, what to type.
     """
     kind, _, path = name.partition(":")
+    path = os.path.expanduser(path)
     if kind == "shapes":
         data = Shapes(size or 32, seed)
     elif kind == "folder":
-        data = open_folder(path, size or 32, seed)
+        data = open_folder(path, size or 32, seed, cache)
     elif kind == "npz":
         data = open_npz(path, seed)
     elif kind in ("mnist", "cifar10"):

@@ -37,6 +37,11 @@ def run(script):
         os._exit(1)
 
 
+def one_line(error):
+    """The first line of what an exception says, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # ---- processes ----------------------------------------------------------------------------------------
 
 def rank_and_world():
@@ -171,6 +176,12 @@ def gradient_sync(net, model, on):
         yield
 
 
+def not_finite_to_nan(loss):
+    """The mean of a loss (B,), whose gradient is NaN if one is not finite: that of an infinite root is 0, and
+    the step would go unseen."""
+    return loss.mean() * torch.where(loss.detach().isfinite().all(), 1.0, torch.nan)
+
+
 def clip_gradient(net, largest):
     """Clip to `largest` (0: do not); returns the norm over all processes, a scalar on the device."""
     norm = nn.utils.clip_grad_norm_(net.parameters(), largest or float("inf"))
@@ -230,7 +241,9 @@ class Signals:
         self.flags, self.group = torch.zeros(2, dtype=torch.int32), group
 
     def __enter__(self):
-        handlers = {signal.SIGTERM: self.on_stop, signal.SIGINT: self.on_stop, signal.SIGUSR1: self.on_save}
+        handlers = {signal.SIGTERM: self.on_stop, signal.SIGINT: self.on_stop}
+        if hasattr(signal, "SIGUSR1"):              # Windows has none
+            handlers[signal.SIGUSR1] = self.on_save
         self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         self.reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)

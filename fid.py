@@ -31,14 +31,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from tqdm import tqdm
 
 from config import SamplerFlags, read_flags, setting
-from data import open_dataset, read_rgb, to_uint8
-from engine import (gather, init_distributed, leave_distributed, pick_device, print0, rank_and_world,
-                    rank_batches, run, sum_over_ranks)
+from data import open_dataset, to_uint8
+from engine import (gather, init_distributed, leave_distributed, one_line, pick_device, print0,
+                    rank_and_world, rank_batches, run, sum_over_ranks)
 from features import Inception, SmallFeatures, file_hash, train_features
+from images import find_images, read_rgb
 from sample import generate, open_model, save_arrays
 
 
@@ -50,17 +50,17 @@ class Options(SamplerFlags):
     ref: str = setting("", "what to compare with: statistics (.npz), or images as for --images")
     stats: str = setting("", "instead of scores: write the statistics of these images to --out")
     out: str = setting("ref.npz", "where --stats writes")
-    num: int = setting(10000, "images to draw; published FIDs take 50000")
-    seed: int = setting(0, "the images are those of seeds seed * num ... (seed + 1) * num - 1")
+    num: int = setting(10000, "images to draw; published FIDs take 50000", least=2)
+    seed: int = setting(0, "the images are those of seeds seed * num ... (seed + 1) * num - 1", least=0)
     metrics: str = setting("fid,sfid,is", "of fid, sfid, is, kid, pr; the last two keep all features")
     features: str = setting("", "inception, shapes, mnist; empty: inception with --ref, else the data's")
     weights: str = setting("", "file of Inception weights; empty: from pytorch-fid's release")
     resize: str = setting("torch-fidelity", "rule for Inception's 299 pixels: torch-fidelity or pytorch-fid")
     data: str = setting("", "FD-NAME: the real images; empty: what the model was trained on")
     data_dir: str = setting("data", "where mnist is kept")
-    image_size: int = setting(0, "with --train: side of the images")
+    image_size: int = setting(0, "with --train: side of the images", least=0)
     train: bool = setting(False, "train the small feature network of --data")
-    batch_size: int = setting(100, "images at a time")
+    batch_size: int = setting(100, "images at a time", least=1)
     device: str = setting("auto", "cuda, mps or cpu")
     dtype: str = setting("auto", "of the sampler's network: bfloat16 or float32")
 
@@ -105,6 +105,9 @@ def kernel_distance(a, b, size=1000, subsets=100):
 
 def precision_recall(fake, real, k=3):
     """The share of `fake` rows within the k-th-neighbour balls of `real` rows, and the reverse."""
+    if min(len(fake), len(real)) <= k:
+        raise ValueError(f"precision and recall want more than {k} images in each set")
+
     def covered(points, centres):
         parts = [torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)]
         radius = torch.cat(parts)               # k + 1: each is its own first neighbour
@@ -196,16 +199,21 @@ class Statistics:
 def stored_images(source, batch_size):
     """(first, uint8 (B, C, H, W)) of this process's batches of a folder or an .npz file.
 
-    A folder is read with its sub-folders, in the order of the names; grey becomes RGB, transparency white.
-    Where sizes differ a batch is cut, so that each part holds one size.
+    A folder is read with its sub-folders, in a shuffled order, since IS wants all classes in each chunk; grey
+    becomes RGB, and transparency is left out, as by torch-fidelity and pytorch-fid. Where sizes differ a batch
+    is cut, so that each part holds one size.
     """
-    path = Path(source.rpartition(":")[2])
+    path = Path(source.removeprefix("folder:").removeprefix("npz:")).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in Image.registered_extensions())
+        files, skipped = find_images(path)
         if not files:
             raise ValueError(f"no images in {path}: expected png, jpg or webp files there or in sub-folders")
+        left = ", ".join(f"{n} {what}" for what, n in sorted(skipped.items()))
+        print0(f"{path}: {len(files)} images{f'; skipped: {left}' if left else ''}")
+        files = [files[k] for k in np.random.default_rng(0).permutation(len(files))]
         for first in rank_batches(len(files), batch_size, *rank_and_world()):
-            images = (np.asarray(read_rgb(file)) for file in files[first:first + batch_size])
+            batch = files[first:first + batch_size]
+            images = (np.asarray(read_rgb(file, on_white=False)) for file in batch)
             for _, same_size in itertools.groupby(images, key=np.shape):
                 batch = np.stack(list(same_size))
                 yield first, torch.from_numpy(batch).permute(0, 3, 1, 2)
@@ -221,9 +229,6 @@ def stored_images(source, batch_size):
 def drawn_images(model, seeds, options, labelled=False):
     """(first, uint8 (B, C, S, S)[, y]) of this process's batches of generated images."""
     for first, x, y in generate(model, seeds, options.batch_size, *rank_and_world(), **options.given()):
-        if not x.isfinite().all():
-            raise ValueError(f"an image of seeds {seeds[first]}..{seeds[first] + len(x) - 1} is not finite: "
-                             "the model has diverged, or wants --dtype float32")
         yield first, to_uint8(x), *([y] if labelled else [])
 
 
@@ -243,12 +248,16 @@ def read_npz(path, leave=()):
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name not in leave}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or holds more than plain arrays: {error}") from error
+    except Exception as error:      # damage has many names: zlib's, zipfile's, tokenize's, ...
+        reason = one_line(error)
+        raise ValueError(f"{path} is damaged or holds more than plain arrays ({reason})") from error
 
 
 def is_statistics(path):
-    return path.endswith(".npz") and zipfile.is_zipfile(path) and "mu.npy" in zipfile.ZipFile(path).namelist()
+    try:
+        return path.endswith(".npz") and "mu.npy" in zipfile.ZipFile(path).namelist()
+    except (OSError, zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError):
+        return False                # read_npz says what is wrong with it
 
 
 def read_reference(path):
@@ -266,7 +275,8 @@ def read_reference(path):
         raise ValueError(f"{path} holds {', '.join(arrays)}; expected mu and sigma")
     made = json.loads(str(arrays.get("made", "{}")))
     kind = "the ADM kind" if "spatial" in result.known else "the pytorch-fid kind"
-    print0(f"{path}: statistics of {f'this program, {json.dumps(made)}' if made else kind}")
+    by = f"this program, {json.dumps(made)}" if made else f"{kind}, which does not say its weights or resizing"
+    print0(f"{path}: statistics of {by}")
     return result, made
 
 
@@ -333,6 +343,10 @@ def inception_reference(options, features, keep):
     if not is_statistics(options.ref):
         return collect(stored_images(options.ref, options.batch_size), 0, features, keep), None
     real, made = read_reference(options.ref)
+    here = {"weights": features.hash, "resize": features.resize}
+    other = [f"{what} {made[what]}, not {mine}" for what, mine in here.items() if made.get(what, mine) != mine]
+    if other:
+        raise ValueError(f"{options.ref} was made with {' and '.join(other)}: make it again with --stats")
     if keep:
         real.features = collect(stored_images(options.ref, options.batch_size), 0, features, keep).features
     return real, made

@@ -8,6 +8,7 @@ An encoded folder holds shards latents_rank00_shardKKK.safetensors (latents, lat
 labels: int64), statistics latents_stats.pt (mean, std: 1 C 1 1) and manifest.json (which image is in which
 shard, which could not be read). UCGM and LightningDiT publish the same files, and theirs are read as well.
 """
+import hashlib
 import json
 import os
 import re
@@ -28,8 +29,9 @@ from tqdm import tqdm
 
 from checkpoint import atomic_write, hub_errors
 from config import read_flags, recipe_row, setting
-from data import FiniteDataset, find_images, noise_like_seed, read_rgb
-from engine import init_distributed, leave_distributed, pick_device, print0, rank_and_world, rank_batches, run
+from data import FiniteDataset, noise_like_seed
+from engine import init_distributed, leave_distributed, pick_device, print0, rank_and_world, run
+from images import find_classes, read_many, read_rgb
 from published import HUB, UCGM_HOME
 
 
@@ -53,12 +55,12 @@ AUTOENCODERS = {
 class Options:
     data: str = setting("", "folder:PATH with one sub-folder a class", "encode")
     vae: str = setting("sd-ema", f"{' '.join(AUTOENCODERS)}; or NAME=PATH for a local folder or file")
-    size: int = setting(256, "side of the images, in pixels")
+    size: int = setting(256, "side of the images, in pixels", least=1)
     out: str = setting("latents", "folder to write")
-    shard: int = setting(10000, "images in a shard")
+    shard: int = setting(10000, "images in a shard", least=1)
     max_unreadable: int = setting(100, "so many damaged images end the encoding")
-    batch_size: int = setting(32, "images at a time")
-    workers: int = setting(4, "processes that read images")
+    batch_size: int = setting(32, "images at a time", least=1)
+    workers: int = setting(4, "processes that read images", least=0)
     device: str = setting("auto", "cuda, mps or cpu")
 
 
@@ -87,6 +89,12 @@ class Autoencoder:
     def to(self, device):
         self.net, self.mean, self.std = self.net.to(device), self.mean.to(device), self.std.to(device)
         return self
+
+    def hash(self):
+        weights = hashlib.sha256()
+        for value in self.net.state_dict().values():
+            weights.update(value.cpu().numpy().tobytes())
+        return weights.hexdigest()[:16]
 
     @torch.no_grad()
     def encode(self, x, noise):
@@ -219,84 +227,95 @@ def centre_crop(image, size):
 
 
 def read_cropped(path, size):
-    """uint8 (3, size, size), or the reason (text) why the file could not be read."""
-    try:
-        return np.asarray(centre_crop(read_rgb(path), size)).transpose(2, 0, 1)
-    except ValueError as error:
-        return str(error)
+    """uint8 (3, size, size). ValueError if the file cannot be read."""
+    return np.asarray(centre_crop(read_rgb(path), size)).transpose(2, 0, 1)
 
 
 def encode(options):
-    """Encode a folder. Shards that are there are kept: the same command goes on after an interruption."""
+    """Encode a folder. Shards that are there are kept: the same command goes on after an interruption, and
+    encodes again those whose files have changed or could not be read."""
     rank, world = rank_and_world()
     kind, _, root = options.data.partition(":")
     if kind != "folder":
         raise ValueError(f"data {options.data!r} is not folder:PATH, with PATH/cats/1.jpg, ...")
-    folder = find_images(root)
-    paths, labels = zip(*folder.samples)
+    folder = find_classes(os.path.expanduser(root))
+    print0(folder)
     device, out = pick_device(options.device), Path(options.out)
     autoencoder = Autoencoder(options.vae, (0.0,), (1.0,)).to(device)
-    settings = {"vae": options.vae.partition("=")[0], "size": options.size, "shard": options.shard,
-                "pictures": len(paths)}
+    settings = {"vae": options.vae.partition("=")[0], "weights": autoencoder.hash(), "size": options.size,
+                "shard": options.shard, "classes": folder.classes}
     out.mkdir(parents=True, exist_ok=True)
     init_distributed(timeout=timedelta(days=7))
-    firsts = rank_batches(len(paths), options.shard, rank, world)
-    mine = {out / f"latents_rank00_shard{first // options.shard:03d}.safetensors":
-            range(first, min(first + options.shard, len(paths))) for first in firsts}
-    bar = tqdm(total=sum(map(len, mine.values())), unit="image", disable=rank > 0)
+    count, shards = len(folder.paths), {}
+    for first in range(0, count, options.shard):
+        name = f"latents_rank00_shard{first // options.shard:03d}.safetensors"
+        shards[out / name] = folder.part(first, first + options.shard)
+    mine = list(shards)[rank::world]
+    bar = tqdm(total=sum(len(shards[path].paths) for path in mine), unit="image", disable=rank > 0)
     unreadable = 0
-    for path, rows in mine.items():
-        if path.is_file():
-            if (before := map_shard(path)[1]["settings"]) != settings:
-                raise ValueError(f"{path} was encoded with {before}, not {settings}: take another --out, "
-                                 "or remove it")
-            bar.update(len(rows))
+    for path in mine:
+        part = shards[path]
+        if path.is_file() and is_current(path, settings, part):
+            bar.update(len(part.paths))
             continue
-        tensors, bad = encode_shard(autoencoder, paths, rows, options, device, bar)
+        first = options.shard * list(shards).index(path)
+        tensors, bad = encode_shard(autoencoder, part, first, options, device, bar)
         unreadable += len(bad)
         if unreadable > options.max_unreadable:
             raise ValueError(f"{unreadable} images could not be read, the last: {list(bad.values())[-1]}; "
                              "remove them, or raise --max_unreadable")
-        kept = [k for k in rows if k not in bad]
-        tensors["labels"] = torch.tensor([labels[k] for k in kept], dtype=torch.int64)
-        notes = {"settings": settings, "pictures": [os.path.relpath(paths[k], root) for k in kept],
-                 "unreadable": [[os.path.relpath(paths[k], root), why] for k, why in bad.items()]}
+        kept = [k for k in range(len(part.paths)) if k not in bad]
+        tensors["labels"] = torch.tensor([part.labels[k] for k in kept], dtype=torch.int64)
+        names = part.names()
+        notes = {"settings": settings, "files": part.fingerprint(), "pictures": [names[k] for k in kept],
+                 "unreadable": [[names[k], why] for k, why in bad.items()]}
         metadata = {"notes": json.dumps(notes)}         # one entry: safetensors writes several in any order
         write_shard(path, tensors, metadata)
     bar.close()
     if world > 1:
         dist.barrier()
     if rank == 0:
-        finish(out, settings, folder.classes)
+        for path in out.glob("latents_rank00_shard*.safetensors"):
+            if path not in shards and "settings" in map_shard(path)[1]:
+                path.unlink()                           # of images that are no longer there
+        finish(out, settings)
     leave_distributed()
+
+
+def is_current(path, settings, part):
+    """Whether a shard holds these images as they are now. ValueError if it was made otherwise."""
+    notes = map_shard(path)[1]
+    before = notes.get("settings", {})
+    if changed := [f"{name} {before.get(name)}, not {value}" for name, value in settings.items()
+                   if before.get(name) != value]:
+        raise ValueError(f"{path} was encoded with {'; '.join(changed)}: take another --out, or remove this one")
+    return notes["files"] == part.fingerprint() and not notes["unreadable"]
 
 
 def write_shard(path, tensors, metadata):
     atomic_write(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))
 
 
-def encode_shard(autoencoder, paths, rows, options, device, bar):
-    """({"latents", "latents_flip"}, {number: why it could not be read}) of the images `rows` (a range)."""
-    loader = torch.utils.data.DataLoader(
-        rows, batch_size=options.batch_size, num_workers=options.workers,
-        collate_fn=lambda numbers: {k: read_cropped(paths[k], options.size) for k in numbers},
-        multiprocessing_context="fork" if options.workers else None)
+def encode_shard(autoencoder, part, first, options, device, bar):
+    """({"latents", "latents_flip"}, {row: why it could not be read}) of a part of a Folder; image k of it has
+    the noise of first + k."""
     parts, bad = {"latents": [], "latents_flip": []}, {}
-    for batch in loader:
-        bad |= {k: x for k, x in batch.items() if isinstance(x, str)}
-        good = {k: x for k, x in batch.items() if not isinstance(x, str)}
+    read = partial(read_cropped, size=options.size)
+    for batch in read_many(part.paths, read, options.batch_size, options.workers):
+        bad |= {k: x for k, x in batch if isinstance(x, str)}
+        good = {k: x for k, x in batch if not isinstance(x, str)}
         bar.update(len(batch))
         if not good:
             continue
         x = torch.from_numpy(np.stack(list(good.values()))).to(device).float() / 127.5 - 1
         for side, (name, view) in enumerate((("latents", x), ("latents_flip", x.flip(-1)))):
-            noise = partial(noise_like_seed, list(good), step=side)
+            noise = partial(noise_like_seed, [first + k for k in good], step=side)
             parts[name].append(autoencoder.encode(view, noise).float().cpu().contiguous())
     empty = torch.zeros(0, 1, 1, 1)
     return {name: torch.cat(batches) if batches else empty for name, batches in parts.items()}, bad
 
 
-def finish(out, settings, classes):
+def finish(out, settings):
     """Statistics over all shards, and the manifest."""
     shards, n, total, square = {}, 0, 0.0, 0.0
     for path in sorted(out.glob("latents_rank*_shard*.safetensors")):
@@ -310,7 +329,7 @@ def finish(out, settings, classes):
         raise ValueError(f"not one image could be read, the first: {bad[0]}")
     mean, std = total / n, (square / n - (total / n) ** 2).clamp_min(0).sqrt()
     stats = {"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}
-    manifest = json.dumps({**settings, "classes": classes, "shards": shards}, indent=1)
+    manifest = json.dumps({**settings, "shards": shards}, indent=1)
     atomic_write(out / "latents_stats.pt", lambda file: torch.save(stats, file))
     atomic_write(out / "manifest.json", lambda file: file.write_text(manifest))
     for leftover in out.glob("*.tmp"):
@@ -376,7 +395,7 @@ def open_latents(path, seed, vae=""):
                 x[rows] = shards[k][name][indices[rows] - starts[k]]
         return torch.from_numpy(x).sub_(mean).div_(std)
     names = names or [str(k) for k in range(max(1000, int(labels.max()) + 1))]
-    data = FiniteDataset(read, labels, shape, names, seed, mirror=True)
+    data = FiniteDataset(read, labels, shape, names, seed, mirror=True, identity=labels.tobytes())
     data.latent = vae, tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
     return data
 

@@ -1,15 +1,17 @@
 """What a run tells: log.jsonl, loss.png, pages of images, and how well the machine is used."""
+import contextlib
 import dataclasses
 import json
+import math
 import platform
-import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
-from checkpoint import atomic_write, ignore_disk_errors
+from checkpoint import atomic_write, claim_folder, ignore_disk_errors
 from data import image_grid
 from engine import sum_over_ranks
 from sample import generate
@@ -21,15 +23,15 @@ PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 PCI
 
 
 class Log:
-    """log.jsonl in the folder of a run: a header for every start, then a line a report."""
+    """log.jsonl in the folder of a run, which it locks: a header for each start, then a line a report."""
 
     def __init__(self, out, config, first, tell):
+        self.lock = claim_folder(out)
         self.path, self.tell, self.board, self.wandb = Path(out) / "log.jsonl", tell, None, None
-        if self.path.exists():      # a resumed run reports its later steps again; a cut line is dropped
-            lines = [line for line in self.path.read_text().splitlines()
-                     if line.endswith("}") and json.loads(line).get("step", 0) <= first]
-            with ignore_disk_errors(self.path, tell):
-                atomic_write(self.path, lambda file: file.write_text("".join(line + "\n" for line in lines)))
+        kept = [line for line in read_log(out) if line.get("step", 0) <= first]     # later steps are told again
+        with ignore_disk_errors(self.path, tell):
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            atomic_write(self.path, lambda file: file.write_text(text))
         try:
             if config.report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
@@ -41,12 +43,14 @@ class Log:
         except ImportError as error:
             raise ValueError(f"{error.name} is not installed: pip install {error.name}, "
                              "or leave --report_to out") from error
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-        self.write({"config": dataclasses.asdict(config), "commit": commit, "torch": torch.__version__,
+        self.write({"config": dataclasses.asdict(config), "commit": commit(), "torch": torch.__version__,
                     "python": platform.python_version(), "from_step": first})
 
+    def close(self):
+        self.lock.close()
+
     def write(self, line):
+        line = {name: value if finite(value) else None for name, value in line.items()}
         with ignore_disk_errors(self.path, self.tell), open(self.path, "a") as file:
             print(json.dumps(line), file=file)
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
@@ -55,6 +59,32 @@ class Log:
                 self.board.add_scalar(name, value, line.get("step", 0))
         if self.wandb and "step" in line:
             self.wandb.log(numbers, step=line["step"])
+
+
+def finite(value):
+    """JSON has no NaN and no infinity."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def read_log(out):
+    """The lines of log.jsonl that are whole, as dicts; a log that was cut or damaged blocks no run."""
+    path, lines = Path(out) / "log.jsonl", []
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text, parse_constant=lambda word: None)
+            lines += [line] if isinstance(line, dict) and isinstance(line.get("step", 0), int) else []
+    return lines
+
+
+def commit():
+    """git describe of this repository, or "" where there is no git, or the folder is part of another one."""
+    here = Path(__file__).resolve().parent
+    try:
+        root, name = (subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+                      for words in (("rev-parse", "--show-toplevel"), ("describe", "--always", "--dirty")))
+        return name if root == str(here) else ""
+    except OSError:
+        return ""
 
 
 class LossByTime:
@@ -71,12 +101,12 @@ class LossByTime:
         self.sums.index_add_(0, (5 * t).long().clamp(max=4), rows)
 
     def take(self):
-        """{"loss", "loss_by_t"}, the latter without the weight of the times; then begin anew."""
-        sums = sum_over_ranks(self.sums)
-        total, count = sums[:, 0].sum().item(), max(1, sums[:, 2].sum().item())
-        by_t = (sums[:, 1] / sums[:, 2].clamp_min(1)).tolist()
+        """{"loss", "loss_by_t"}, the latter without the weight of the times; a mean over nothing is None."""
+        sums = sum_over_ranks(self.sums).tolist()
         self.sums.zero_()
-        return {"loss": total / count, "loss_by_t": [round(value, 5) for value in by_t]}
+        loss, count = sum(row[0] for row in sums), sum(row[2] for row in sums)
+        by_t = [round(plain / n, 5) if n else None for _, plain, n in sums]
+        return {"loss": loss / count if count else None, "loss_by_t": by_t}
 
 
 # ---- how well the machine is used ---------------------------------------------------------------------
@@ -104,7 +134,12 @@ def peak_memory(device):
     """GiB: the largest that the GPU's allocator, or on a CPU this process, has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    try:
+        import resource
+    except ImportError:             # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2**10     # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def utilisation(net, objective, device, images_per_s):
@@ -128,9 +163,8 @@ def preview(model):
 
 def draw_curves(out, size=(900, 420)):
     """loss.png beside log.jsonl: the unweighted loss by fifths of t, on a log scale; the held-out loss."""
-    text = (Path(out) / "log.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-    rows = [line for line in lines if "loss_by_t" in line]
+    lines = read_log(out)
+    rows = [line for line in lines if None not in line.get("loss_by_t", [None])]
     if len(rows) < 2:
         return
     values = torch.tensor([row["loss_by_t"] for row in rows]).clamp_min(1e-6).log10()   # (rows, 5)

@@ -168,9 +168,9 @@ class Objective:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; one of: {', '.join(allowed)}")
         if not 0 <= self.lam <= 1 or not 0 <= self.label_drop <= 1:
             raise ValueError(f"lam {self.lam} and label_drop {self.label_drop} must lie in 0..1")
-        if min(self.zeta, self.huber) < 0:
+        if not (self.zeta >= 0 and self.huber >= 0):
             raise ValueError(f"zeta {self.zeta} and huber {self.huber} must be >= 0")
-        if len(self.time_beta) != 3 or min(self.dt, *self.time_beta) <= 0:
+        if len(self.time_beta) != 3 or not all(value > 0 for value in (self.dt, *self.time_beta)):
             raise ValueError(f"dt {self.dt} and three numbers time_beta {self.time_beta} must be positive")
         if self.zeta > 0 and self.style == "none":
             raise ValueError(f"zeta {self.zeta} needs a style: ft-vs-fe to train, fc-vs-fe or -xz to tune")

@@ -51,12 +51,21 @@ def unwrap(file, device="cpu"):
     extras = {}
     if "ema" in stored:
         extras = {name: value for name, value in stored.items() if name not in ("model", "ema", "opt")}
-    tensors = stored.get("ema") or stored.get("state_dict") or stored
+    kinds = [stored.get(name) for name in ("ema", "state_dict", "model")]
+    return clean(next((value for value in kinds if isinstance(value, dict)), stored), extras)
+
+
+def clean(tensors, extras):
+    """(tensors by name in float32, extras): without prefixes, training's parts, and what is no tensor."""
+    tensors = {name: value for name, value in tensors.items()
+               if isinstance(name, str) and isinstance(value, torch.Tensor)}
     averages = {name.removeprefix("ema_denoiser."): value for name, value in tensors.items()
                 if name.startswith("ema_denoiser.")}
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
-               for name, value in (averages or tensors).items() if isinstance(value, torch.Tensor)}
+               for name, value in (averages or tensors).items()}
     extras["projectors"] = any(name.startswith("projectors.") for name in tensors)
+    if not tensors:
+        raise RuntimeError("it holds no tensors by name")
     return {name: value.float() for name, value in tensors.items()
             if not name.startswith(("projectors.", "feat_rope."))}, extras
 
@@ -100,6 +109,9 @@ def detect_architecture(tensors, extras, model="", image_size=256, file="the fil
         raise ValueError(f"{file} has {depth} blocks of width {width}, and weights do not tell the number of "
                          f"heads; known sizes: {known}")
     classes = len(tensors["y_embedder.embedding_table.weight"]) - 1
+    if classes + 1 in (10, 100, 1000):
+        raise ValueError(f"{file} has {classes + 1} rows for its classes and none for the null class, which "
+                         "guidance and tuning need: it was trained without label dropping")
     if family == "DDT":         # its file tells neither size nor patch: a /2, at the recipe's size
         channels = tensors["x_embedder.proj.weight"].shape[1] // 4
         net = DDT(image_size // 8, 2, channels, **SIZES[size], num_classes=classes,

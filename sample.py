@@ -11,6 +11,7 @@ on by the same command. The two dashes keep torchrun from taking --num for a fla
 """
 import hashlib
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from tqdm import tqdm
 from checkpoint import atomic_write, load_model, push
 from config import Config, SamplerFlags, read_flags, setting, text_of
 from data import class_number, image_grid, noise_like_seed, to_uint8
-from engine import (autocast, init_distributed, leave_distributed, pick_device, pick_dtype, print0,
-                    rank_and_world, rank_batches, run)
+from engine import (autocast, from_rank0, init_distributed, leave_distributed, pick_device, pick_dtype,
+                    print0, rank_and_world, rank_batches, run)
 from latents import Autoencoder
 from sampler import count_nfe, sample, time_grid
 
@@ -38,10 +39,10 @@ class Options(SamplerFlags):
     out: str = setting("samples.png", "a page to look at (png, jpg, webp), or all as uint8 with labels (npz)")
     classes: str = setting("", "names or numbers, with commas, taken in turn; empty: all of them")
     seeds: str = setting("", "such as 0-63 or 3,5,8; empty: 0 to num - 1")
-    num: int = setting(64, "how many images")
+    num: int = setting(64, "how many images", least=1)
     trajectory: bool = setting(False, "a row an image, a column a step: the data as the model sees them then")
     push: str = setting("", "also put the model, with this page and command, on the hub as USER/REPO")
-    batch_size: int = setting(256, "images at a time")
+    batch_size: int = setting(256, "images at a time", least=1)
     device: str = setting("auto", "cuda, mps or cpu")
     dtype: str = setting("auto", "bfloat16 or float32")
 
@@ -73,7 +74,9 @@ def open_model(path, device, dtype="auto", recipe="", vae=""):
     decode = None
     if vae or config.vae:
         decode = Autoencoder(vae or config.vae, config.latent_mean, config.latent_std).to(device).decode
-    return Model(net, config, names, device, pick_dtype(dtype, device), decode)
+    group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+    dtype = from_rank0(lambda: pick_dtype(dtype, device), group)        # a try, which might end otherwise
+    return Model(net, config, names, device, dtype, decode)
 
 
 def generate(model, seeds, batch_size, rank=0, world=1, classes=None, on_step=None, skip=(), **given):
@@ -96,11 +99,16 @@ def generate(model, seeds, batch_size, rank=0, world=1, classes=None, on_step=No
             return noise_like_seed(batch, model.shape, i).to(model.device)
         with autocast(model.device, model.dtype):
             x = sample(model.net, noise(), y, **settings, noise=noise, on_step=on_step)
+        if not x.isfinite().all():
+            raise ValueError(f"an image of seeds {batch[0]}..{batch[-1]} is not finite: the model has diverged, "
+                             "or wants --dtype float32")
         yield first, (model.decode(x) if model.decode else x).cpu(), y.cpu()
 
 
-def newest_model():
-    """The model saved last under runs/, else the one that ships in assets/."""
+def newest_model(recipe):
+    """The model of a recipe's run; without one the model saved last under runs/, or the one that ships."""
+    if recipe:
+        return f"runs/{recipe}"
     runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     return runs[-1] if runs else Path(__file__).parent / "assets/shapes-few.safetensors"
 
@@ -112,12 +120,27 @@ def read_seeds(text, num):
         seeds = [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
     except ValueError:
         seeds = []
-    if not seeds:
+    if not seeds or max(seeds) >= 2**63:
         raise ValueError(f"no seeds in {text or f'num {num}'!r}; expected such as 0-63 or 3,5,8, or --num 64")
     return seeds
 
 
+LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000}       # pixels of a side
+
+
 # ---- a page, or many ----------------------------------------------------------------------------------
+
+def check_page(out, columns, count, side):
+    """ValueError if a page cannot be written, or is larger than its format can hold."""
+    folder = Path(out).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write into {folder.resolve()}: give another --out")
+    height, limit = -(-count // columns) * (max(64, side) + 4), LARGEST.get(Path(out).suffix.lower(), 2**31)
+    if height > limit:
+        raise ValueError(f"{count} images are a page of {height} pixels, and {out} holds {limit}: use --out "
+                         "samples.npz, or a smaller --num")
+
 
 def draw_page(out, model, seeds, options, classes):
     images, strips, seen = [], [], []
@@ -186,17 +209,15 @@ def main(options):
         raise ValueError(f"a trajectory is a page, and {options.out} is an array: use --out samples.png")
     if world > 1 and suffix != ".npz":
         raise ValueError(f"several processes draw arrays, and {options.out} is a page: use --out samples.npz")
-    if options.batch_size < 1:
-        raise ValueError(f"batch_size {options.batch_size} must be at least 1")
-    path, seeds = options.ckpt or newest_model(), read_seeds(options.seeds, options.num)
+    init_distributed()
+    path, seeds = options.ckpt or newest_model(options.recipe), read_seeds(options.seeds, options.num)
     model = open_model(path, pick_device(options.device), options.dtype, options.recipe, options.vae)
     if options.classes and not model.names:
         raise ValueError(f"{path} was trained without classes: leave --classes out")
     classes = [class_number(word, model.names) for word in options.classes.split(",") if word]
     nfe = model.nfe(**options.given())
-    init_distributed()
 
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    check_page(options.out, 8, len(seeds), model.net.input_size)
     start = time.perf_counter()
     (draw_npz if suffix == ".npz" else draw_page)(options.out, model, seeds, options, classes)
     seconds, steps = time.perf_counter() - start, model.config.sampler(**options.given())["steps"]

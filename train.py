@@ -27,8 +27,8 @@ from checkpoint import (atomic_write, build, ignore_disk_errors, load_model, new
 from config import RECIPES, differences, read_config
 from data import key, open_dataset, select_labels
 from engine import (Signals, Skipped, autocast, can_compile, clip_gradient, from_rank0, gradient_sync,
-                    init_distributed, leave_distributed, optimizer_step, pick_device, pick_dtype, print0,
-                    rank_and_world, run, wrap)
+                    init_distributed, leave_distributed, not_finite_to_nan, optimizer_step, pick_device,
+                    pick_dtype, print0, rank_and_world, run, wrap)
 from latents import decoder, open_latents
 from log import Log, LossByTime, draw_curves, preview, utilisation
 from objective import resolve
@@ -155,22 +155,29 @@ def average(ema, net, decay, step):
 # ---- before the first step ----------------------------------------------------------------------------
 
 def open_data(config):
-    """The stream that the config names; for latents, their autoencoder and statistics go into the config."""
+    """The stream that the config names. What the data alone know goes into the config."""
     kind, _, path = config.data.partition(":")
     if kind == "latents":
         data = open_latents(path, config.seed, config.vae)
         config.vae, config.latent_mean, config.latent_std = data.latent
         select_labels(data, config.labels)
-        return data
-    if config.vae:
+    elif config.vae:
         raise ValueError(f"{config.recipe} is for latents of {config.vae}, found data {config.data}: "
                          "give --data latents:DIR (python latents.py encode makes one)")
-    return open_dataset(config.data, config.image_size or None, config.seed, config.labels, config.data_dir)
+    else:
+        size = config.image_size or None
+        data = open_dataset(config.data, size, config.seed, config.labels, config.data_dir, config.out)
+    config.fingerprint = data.fingerprint
+    return data
 
 
-def load_start(config, net):
-    """Put the weights of --init_from into the network. ValueError if they are of another one."""
-    start, other, _ = load_model(config.init_from)
+def load_start(config, net, names):
+    """Put the weights of --init_from into the network. ValueError if they are of another one, or know other
+    classes (published files number theirs)."""
+    start, other, known = load_model(config.init_from)
+    if known != names and not all(name.isdigit() for name in known) and not config.allow_change:
+        raise ValueError(f"{config.init_from} was trained on the classes {known}, and {config.data} has {names}: "
+                         "each would start as another one; if that is meant, add --allow_change")
     shapes, wanted = ({name: value.shape for name, value in n.state_dict().items()} for n in (start, net))
     if shapes != wanted or (other.transport, other.x_pred) != (config.transport, config.x_pred):
         raise ValueError(f"{config.init_from} is {other.model} on {other.transport}, {start.input_size} px, "
@@ -179,8 +186,8 @@ def load_start(config, net):
     net.load_state_dict(start.state_dict())
 
 
-def check_setup(config, data, net, before, first):
-    """Every reason not to start, as a ValueError. before, first: config and step of the run that goes on."""
+def check_setup(config, data, net, before, first, old_names):
+    """Every reason not to start, as a ValueError. before, first, old_names: of the run that goes on."""
     s = config.sampler()
     times = time_grid(s["steps"], s["schedule"], s["gap"])
     check_sampler(resolve(config.transport), times, s["kappa"], s["rho"], 1, s["cfg_scale"], len(data.names))
@@ -195,7 +202,10 @@ def check_setup(config, data, net, before, first):
     if config.zeta > 0 and config.style != "fc-vs-xz" and not net.num_classes:
         raise ValueError(f"style {config.style} compares with the null class, and without labels there is "
                          "none: use --labels all, or --zeta 0")
-    if before and (changed := differences(before, config)) and not config.allow_change:
+    changed = differences(before, config) if before else []
+    if old_names != data.names:
+        changed.append(f"classes: {old_names} -> {data.names}")
+    if changed and not config.allow_change:
         raise ValueError(f"{config.out} holds a run with other settings: {'; '.join(changed)}. Take another "
                          "--out, or --fresh to start over, or --allow_change")
     if first > config.steps:
@@ -219,25 +229,35 @@ def look(model, objective, teacher, held_out, step, out, log):
     """Held-out loss and a page of images. With FSDP all processes work, process 0 writes."""
     if log is None and not model.config.fsdp:
         return
-    line, page = {"step": step}, preview(model)
+    line, page = {"step": step}, None
+    try:
+        page = preview(model)
+    except ValueError as error:                 # a model that has diverged
+        if log:
+            log.tell(str(error))
     if len(held_out[0]):
         with autocast(model.device, model.dtype):
             line["held_out_loss"] = held_out_loss(objective, model.net, teacher, *held_out)
     if log:
         log.write(line)
         with ignore_disk_errors("the page of images", log.tell):
-            atomic_write(out / f"grid_{step:07d}.png", lambda path: page.save(path, "PNG"))
+            if page:
+                atomic_write(out / f"grid_{step:07d}.png", lambda path: page.save(path, "PNG"))
             draw_curves(out)
 
 
 def save(nets, optimizer, config, names, step, out, log):
-    """The state and the models, by process 0; with FSDP all processes hand in their shards."""
+    """The state and the models, by process 0; with FSDP all processes hand in their shards. False if the disk
+    did not take them."""
     if log is None and not config.fsdp:
-        return
+        return True
     tensors = state_tensors(nets, optimizer)
-    if log:
-        with ignore_disk_errors(f"the checkpoint of step {step}", log.tell):
-            save_state(out, tensors, nets["net"], config, names, step)
+    if log is None:
+        return True
+    with ignore_disk_errors(f"the checkpoint of step {step}", log.tell):
+        save_state(out, tensors, nets["net"], config, names, step)
+        return True
+    return False
 
 
 def next_commands(config, out):
@@ -259,7 +279,7 @@ def main(config):                                                               
     control = init_distributed(device)
     fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     state = None if fresh else from_rank0(lambda: newest_state(out), control)
-    before, first = read_state(state) if state else (None, 0)
+    before, first, old_names = read_state(state) if state else (None, 0, data.names)
     dtype = from_rank0(lambda: pick_dtype(config.dtype, device), control)
     if before and config.dtype == "auto":
         dtype = getattr(torch, before.dtype)
@@ -268,9 +288,9 @@ def main(config):                                                               
     # The network, its averages, its teacher.
     torch.manual_seed(config.seed)
     net = build(config, data.shape, len(data.names))
-    check_setup(config, data, net, before, first)
+    check_setup(config, data, net, before, first, old_names)
     if config.init_from and not state:
-        load_start(config, net)
+        load_start(config, net, data.names)
     net = net.to(device)
     frozen_copy = lambda: copy.deepcopy(net).requires_grad_(False).eval()
     nets = {"net": net, **{f"ema{decay:g}": frozen_copy() for decay in config.ema}}
@@ -328,7 +348,7 @@ def main(config):                                                               
                 with gradient_sync(net, model, on=turn == accumulate - 1):
                     with autocast(device, dtype):
                         loss = objective(model, x, y, t, z, drop, model_teacher)        # (B,)
-                    (loss.mean() / accumulate).backward()
+                    (not_finite_to_nan(loss) / accumulate).backward()
                 losses.add(loss.detach(), t)
                 skipped.look(loss.detach(), t)
             norm = clip_gradient(net, config.grad_clip)         # of all processes, so all skip or none
@@ -347,7 +367,7 @@ def main(config):                                                               
                 line |= {"grad_norm": norm.item(), "lr": learning_rate(config, step), "images_per_s": speed,
                          "skipped": skipped.take(step + 1, control, bar.write),
                          **utilisation(net, objective, device, speed / world)}
-                bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.0f} images/s")
+                bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {speed:.0f} images/s")
                 clock, clock_step = time.perf_counter(), step + 1
                 if log:
                     log.write(line)
