@@ -182,8 +182,8 @@ def read_tensors(file, device="cpu"):
             tensors, extras = published.clean(tensors, {})
             return tensors, stored.metadata() or {}, extras
     except Exception as error:          # damage has many names: pickle's, zipfile's, unicode's, ...
-        raise ValueError(f"{file} is not a file of weights that can be read safely ({one_line(error)}); expected "
-                         "a model.safetensors that train.py wrote, or a published checkpoint") from error
+        raise ValueError(f"{file} is not a file of weights that can be read safely ({one_line(error)}); "
+                         "expected a model.safetensors of train.py, or a published checkpoint") from error
 
 
 def load_model(path, device="cpu", recipe=""):

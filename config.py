@@ -15,26 +15,34 @@ from objective import Objective
 
 
 def setting(default, text, group=None, least=None):
-    """A field with its line of help. group: the title, if a group of flags starts here. least: of its number."""
+    """A field with its line of help. group: the title of the flags that start here. least: the smallest."""
     return dataclasses.field(default=default, metadata={"help": text, "group": group, "least": least})
 
 
 def check_numbers(settings):
-    """ValueError for a number that is not finite, or below the least that its field allows."""
+    """ValueError for a number that is not finite or below its field's least, or too many or few of them."""
     for f in fields(settings):
         value, least = getattr(settings, f.name), f.metadata.get("least")
-        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+        values = value if isinstance(value, tuple) else (value,)
+        numbers = [v for v in values if isinstance(v, (int, float))]
+        wanted = getattr(Config, f.name) if f.name in FIXED_LENGTH else value
         if not all(math.isfinite(v) for v in numbers):
             raise ValueError(f"{f.name} is {text_of(value)}; it must be finite")
         if least is not None and numbers and min(numbers) < least:
             raise ValueError(f"{f.name} is {text_of(value)}; it must be at least {least}")
+        if value is not None and wanted is not value and len(wanted) != len(value):
+            raise ValueError(f"{f.name} is {text_of(value)}; it wants {len(wanted)} numbers, such as "
+                             f"{text_of(wanted)}")
+
+
+FIXED_LENGTH = ("enhance_range", "time_beta", "betas", "schedule", "gap", "cfg_interval")
 
 
 @dataclass
 class Config:
     recipe: str = setting("shapes", "a row of the recipes below", "the run")
     out: str = setting("", "folder of the run; empty: runs/RECIPE")
-    init_from: str = setting("", "start from, and be taught by: a run, a file, hf://USER/REPO[/FILE]")
+    init_from: str = setting("", "start from, be taught by: a run, a file, hf://USER/REPO[/FILE]")
     seed: int = setting(0, "decides everything random", least=0)
     fresh: bool = setting(False, "start over; what the folder held is renamed, not lost")
     allow_change: bool = setting(False, "resume although settings that change the result differ")
@@ -77,7 +85,7 @@ class Config:
     warmdown: float = setting(0.7, "last part of the run, over which lr falls to 0; 0: constant", least=0)
     ema: tuple = setting((0.999,), "decays of averaged weights; the first is the model", least=0)
 
-    sample_steps: int = setting(20, "steps of the sampler", "sampler (sampler.py), the default of sample.py", least=1)
+    sample_steps: int = setting(20, "steps of the sampler", "sampler, as sample.py will have it", least=1)
     kappa: float | str = setting("auto", "extrapolation: a number, or auto (second order)")
     rho: float | str = setting(0.0, "stochasticity: 0..1, or sde")
     schedule: tuple = setting((1.0, 1.0, 1.0), "warp of the time grid")
@@ -86,7 +94,7 @@ class Config:
     cfg_interval: tuple = setting((0.0, 1.0), "where it is on, in the network's own time")
 
     log_every: int = setting(50, "steps between two lines of log.jsonl", "reports and checkpoints", least=1)
-    save_every: int = setting(1000, "steps between two checkpoints, pages of images, held-out losses", least=1)
+    save_every: int = setting(1000, "steps between two checkpoints, pages and held-out losses", least=1)
     report_to: str = setting("", "also report to tensorboard or wandb (pip install it first)")
 
     latent_mean: tuple = ()             # without a line of help: no flags, filled in from the data
@@ -94,21 +102,15 @@ class Config:
     fingerprint: str = ""               # which images, in which order
 
     def __post_init__(self):
-        for name in AT_LEAST_1:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.seed < 0 or not 0 <= min(self.warmdown, *self.ema) <= max(self.warmdown, *self.ema) <= 1:
-            raise ValueError(f"seed {self.seed} must be >= 0, ema {self.ema}, and {self.warmdown} in 0..1")
+        check_numbers(self)
+        if max(self.warmdown, *self.ema) > 1 or len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"warmdown {self.warmdown}, ema {text_of(self.ema)} must lie in 0..1, each once")
+        if self.seed >= 2**63 or self.cfg_interval[0] > self.cfg_interval[1]:
+            raise ValueError(f"seed {self.seed} must be below 2^63, cfg_interval {self.cfg_interval} rise")
         for name, allowed in WORDS.items():
             if getattr(self, name) not in allowed:
                 words = ", ".join(word for word in allowed if word)
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of: {words}")
-        for name in FIXED_LENGTH:
-            wanted, found = getattr(Config, name), getattr(self, name)
-            if len(found) != len(wanted):
-                raise ValueError(f"{name} is {text_of(found)}; it wants {len(wanted)} numbers, such as "
-                                 f"{text_of(wanted)}")
-
         self.check_pairs()
 
     def check_pairs(self):
@@ -131,7 +133,6 @@ class Config:
 
 WORDS = {"optimizer": ("adamw", "radam", "muon"), "dtype": ("auto", "bfloat16", "float32"),
          "report_to": ("", "tensorboard", "wandb")}
-FIXED_LENGTH = ("enhance_range", "time_beta", "betas", "schedule", "gap", "cfg_interval")
 
 # What may differ between a run and its continuation: where and how fast it runs, and what it tells.
 FREE = set("""out steps device compile micro_batch fsdp grad_checkpoint data_dir fresh allow_change log_every
@@ -157,6 +158,9 @@ class SamplerFlags:
     gap: tuple | None = setting(None, "distance of the grid from t = 1 and t = 0")
     cfg_scale: float | None = setting(None, "classifier-free guidance; 1: off")
     cfg_interval: tuple | None = setting(None, "where it is on, in the network's own time")
+
+    def __post_init__(self):
+        check_numbers(self)
 
     def given(self):
         return {f.name: getattr(self, f.name) for f in fields(SamplerFlags)}

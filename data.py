@@ -233,8 +233,8 @@ def from_arrays(x, y, names, seed, mirror=False):
     if not names:                   # numbers with gaps: only those that occur are classes
         found, y = np.unique(y, return_inverse=True)
         names = [str(k) for k in found]
-    identity = x.tobytes() + y.tobytes()
-    return FiniteDataset(from_uint8(lambda indices: x[indices]), y, x.shape[1:], names, seed, mirror, identity)
+    identity, read = x.tobytes() + y.tobytes(), from_uint8(lambda indices: x[indices])
+    return FiniteDataset(read, y, x.shape[1:], names, seed, mirror, identity)
 
 
 def open_npz(path, seed):

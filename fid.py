@@ -200,8 +200,8 @@ def stored_images(source, batch_size):
     """(first, uint8 (B, C, H, W)) of this process's batches of a folder or an .npz file.
 
     A folder is read with its sub-folders, in a shuffled order, since IS wants all classes in each chunk; grey
-    becomes RGB, and transparency is left out, as by torch-fidelity and pytorch-fid. Where sizes differ a batch
-    is cut, so that each part holds one size.
+    becomes RGB, and transparency is left out, as by torch-fidelity and pytorch-fid. Where sizes differ a
+    batch is cut, so that each part holds one size.
     """
     path = Path(source.removeprefix("folder:").removeprefix("npz:")).expanduser()
     if path.is_dir():
@@ -275,7 +275,7 @@ def read_reference(path):
         raise ValueError(f"{path} holds {', '.join(arrays)}; expected mu and sigma")
     made = json.loads(str(arrays.get("made", "{}")))
     kind = "the ADM kind" if "spatial" in result.known else "the pytorch-fid kind"
-    by = f"this program, {json.dumps(made)}" if made else f"{kind}, which does not say its weights or resizing"
+    by = f"this program, {json.dumps(made)}" if made else f"{kind}, which does not say its weights"
     print0(f"{path}: statistics of {by}")
     return result, made
 
@@ -344,7 +344,8 @@ def inception_reference(options, features, keep):
         return collect(stored_images(options.ref, options.batch_size), 0, features, keep), None
     real, made = read_reference(options.ref)
     here = {"weights": features.hash, "resize": features.resize}
-    other = [f"{what} {made[what]}, not {mine}" for what, mine in here.items() if made.get(what, mine) != mine]
+    other = [f"{what} {made[what]}, not {mine}" for what, mine in here.items()
+             if made.get(what, mine) != mine]
     if other:
         raise ValueError(f"{options.ref} was made with {' and '.join(other)}: make it again with --stats")
     if keep:

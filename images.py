@@ -22,8 +22,8 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif",
 # ---- which they are -----------------------------------------------------------------------------------
 
 def find_images(root, above=(), skipped=None):
-    """(paths of all images below a folder, sorted; a Counter of what was skipped). Links are followed, but not
-    into a folder that holds them; hidden files and folders are skipped."""
+    """(paths of all images below a folder, sorted; a Counter of what was skipped). Links are followed, but
+    not into a folder that holds them; hidden files and folders are skipped."""
     skipped, here = collections.Counter() if skipped is None else skipped, os.path.realpath(root)
     paths = []
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):

@@ -288,7 +288,8 @@ def is_current(path, settings, part):
     before = notes.get("settings", {})
     if changed := [f"{name} {before.get(name)}, not {value}" for name, value in settings.items()
                    if before.get(name) != value]:
-        raise ValueError(f"{path} was encoded with {'; '.join(changed)}: take another --out, or remove this one")
+        raise ValueError(f"{path} was encoded with {'; '.join(changed)}: take another --out, or remove "
+                         "this one")
     return notes["files"] == part.fingerprint() and not notes["unreadable"]
 
 

@@ -6,6 +6,7 @@ import math
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ class Log:
     def __init__(self, out, config, first, tell):
         self.lock = claim_folder(out)
         self.path, self.tell, self.board, self.wandb = Path(out) / "log.jsonl", tell, None, None
-        kept = [line for line in read_log(out) if line.get("step", 0) <= first]     # later steps are told again
+        kept = [line for line in read_log(out) if line.get("step", 0) <= first]     # the rest comes again
         with ignore_disk_errors(self.path, tell):
             text = "".join(json.dumps(line) + "\n" for line in kept)
             atomic_write(self.path, lambda file: file.write_text(text))
@@ -85,6 +86,13 @@ def commit():
         return name if root == str(here) else ""
     except OSError:
         return ""
+
+
+def start_clock(bar):
+    """Count the first step, which has compiled, and let the bar's estimate and the clock begin after it."""
+    bar.n = bar.initial = bar.last_print_n = bar.n + 1
+    bar.start_t = bar.last_print_t = bar._time()
+    return time.perf_counter()
 
 
 class LossByTime:

@@ -100,8 +100,8 @@ def generate(model, seeds, batch_size, rank=0, world=1, classes=None, on_step=No
         with autocast(model.device, model.dtype):
             x = sample(model.net, noise(), y, **settings, noise=noise, on_step=on_step)
         if not x.isfinite().all():
-            raise ValueError(f"an image of seeds {batch[0]}..{batch[-1]} is not finite: the model has diverged, "
-                             "or wants --dtype float32")
+            raise ValueError(f"an image of seeds {batch[0]}..{batch[-1]} is not finite: the model has "
+                             "diverged, or wants --dtype float32")
         yield first, (model.decode(x) if model.decode else x).cpu(), y.cpu()
 
 
@@ -116,7 +116,7 @@ def newest_model(recipe):
 def read_seeds(text, num):
     """Seeds from "0-63" or "3,5,8", else 0..num-1."""
     try:
-        parts = [part.split("-") for part in (text or f"0-{num - 1}").split(",")]
+        parts = [part.split("-") for part in text.split(",")] if text else [(0, num - 1)]
         seeds = [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
     except ValueError:
         seeds = []

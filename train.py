@@ -12,6 +12,7 @@ the step, save and exit; SIGUSR1 saves and goes on. A larger --steps extends the
 import copy
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -24,13 +25,13 @@ from tqdm import tqdm
 
 from checkpoint import (atomic_write, build, ignore_disk_errors, load_model, newest_state, read_state,
                         restore_state, save_state, set_aside, state_tensors)
-from config import RECIPES, differences, read_config
+from config import RECIPES, Config, differences, read_config, recipe, text_of
 from data import key, open_dataset, select_labels
 from engine import (Signals, Skipped, autocast, can_compile, clip_gradient, from_rank0, gradient_sync,
                     init_distributed, leave_distributed, not_finite_to_nan, optimizer_step, pick_device,
                     pick_dtype, print0, rank_and_world, run, wrap)
 from latents import decoder, open_latents
-from log import Log, LossByTime, draw_curves, preview, utilisation
+from log import Log, LossByTime, draw_curves, preview, start_clock, utilisation
 from objective import resolve
 from sample import Model
 from sampler import check_sampler, time_grid
@@ -176,8 +177,8 @@ def load_start(config, net, names):
     classes (published files number theirs)."""
     start, other, known = load_model(config.init_from)
     if known != names and not all(name.isdigit() for name in known) and not config.allow_change:
-        raise ValueError(f"{config.init_from} was trained on the classes {known}, and {config.data} has {names}: "
-                         "each would start as another one; if that is meant, add --allow_change")
+        raise ValueError(f"{config.init_from} was trained on the classes {known}, and {config.data} has "
+                         f"{names}: each would start as another one; if that is meant, add --allow_change")
     shapes, wanted = ({name: value.shape for name, value in n.state_dict().items()} for n in (start, net))
     if shapes != wanted or (other.transport, other.x_pred) != (config.transport, config.x_pred):
         raise ValueError(f"{config.init_from} is {other.model} on {other.transport}, {start.input_size} px, "
@@ -260,11 +261,22 @@ def save(nets, optimizer, config, names, step, out, log):
     return False
 
 
-def next_commands(config, out):
-    line = f"images and model are in {out}. Next: python sample.py --ckpt {out} --steps {config.sample_steps}"
-    if config.lam == 0 and config.recipe + "-few" in RECIPES:
-        line += f", or tune it to two steps: python train.py --recipe {config.recipe}-few"
-    return line
+def next_commands(config):
+    """The commands that go on from here, with the flags that this run had."""
+    line = f"images and model are in {config.out}. Next: python sample.py --ckpt {shlex.quote(config.out)}"
+    row = RECIPES.get(config.recipe + "-few")
+    if config.lam > 0 or row is None:
+        return line
+    few = Config(**recipe(row, recipe=config.recipe + "-few"))
+    start = {"init_from": config.out, "data": config.data, "data_dir": config.data_dir,
+             "labels": config.labels, "image_size": config.image_size, "model": config.model, "transport": config.transport}
+    flags = [f"--{name} {shlex.quote(text_of(value))}" for name, value in start.items()
+             if value != getattr(few, name)]
+    if config.x_pred != few.x_pred:
+        flags.append("--x_pred" if config.x_pred else "--no-x_pred")
+    if config.out != f"runs/{config.recipe}":
+        flags.append(f"--out {shlex.quote(config.out + '-few')}")
+    return line + f", or tune it to two steps: python train.py --recipe {' '.join([few.recipe, *flags])}"
 
 
 # ---- the run ------------------------------------------------------------------------------------------
@@ -319,13 +331,15 @@ def main(config):                                                               
            f"{device}, {config.dtype}{', compiled' * compiled}{', sharded' * config.fsdp}")
     print0(f"batch {config.batch_size} = {world} process{'es' * (world > 1)} x {accumulate} accumulation "
            f"step{'s' * (accumulate > 1)} x {config.batch_size // world // accumulate} images")
+    if compiled:
+        print0("the first step compiles, which takes about a minute")
     if state:
         print0(f"resumed from {state} at step {first} of {config.steps}")
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=rank > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 10)
     log = Log(out, config, first, bar.write) if rank == 0 else None
     drawer = Model(emas[0], config, data.names, device, dtype, decoder(config, device))
-    losses, skipped = LossByTime(objective, device), Skipped(device)
+    losses, skipped, saved = LossByTime(objective, device), Skipped(device), True
     clock, clock_step = time.perf_counter(), first
 
     with Signals(control) as signals:
@@ -335,7 +349,7 @@ def main(config):                                                               
             if due and (step > first or first == 0):
                 look(drawer, objective, teacher, held_out, step, out, log)
             if stop or (due or save_now) and step > first:
-                save(nets, optimizer, config, data.names, step, out, log)
+                saved = save(nets, optimizer, config, data.names, step, out, log)
             if stop or step == config.steps:
                 break
 
@@ -358,7 +372,10 @@ def main(config):                                                               
                 average(ema, net, decay, step)
             if config.style == "ft-vs-fe" and teacher is not None:
                 average(teacher, net, TEACHER_EMA, step)
-            bar.update()
+            if step == first and compiled:
+                clock, clock_step = start_clock(bar), step + 1
+            else:
+                bar.update()
 
             # A line of the log. Only here does the host wait for the device.
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
@@ -373,13 +390,17 @@ def main(config):                                                               
                     log.write(line)
 
     bar.close()
+    if log:
+        log.close()
+    if not saved:
+        raise ValueError(f"the last steps are not in {out}: free some disk space, and run the same command")
     if stop:
         name = signal.Signals(stop).name
         print0(f"stopped by {name} at step {step} of {config.steps}; the same command resumes")
     elif first == config.steps:
         print0("this run is complete; a larger --steps extends it, --fresh starts over")
     if not stop:
-        print0(next_commands(config, out))
+        print0(next_commands(config))
     leave_distributed()
 
 
