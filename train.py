@@ -269,7 +269,8 @@ def next_commands(config):
         return line
     few = Config(**recipe(row, recipe=config.recipe + "-few"))
     start = {"init_from": config.out, "data": config.data, "data_dir": config.data_dir,
-             "labels": config.labels, "image_size": config.image_size, "model": config.model, "transport": config.transport}
+             "labels": config.labels, "image_size": config.image_size, "model": config.model,
+             "transport": config.transport}
     flags = [f"--{name} {shlex.quote(text_of(value))}" for name, value in start.items()
              if value != getattr(few, name)]
     if config.x_pred != few.x_pred:
@@ -277,6 +278,19 @@ def next_commands(config):
     if config.out != f"runs/{config.recipe}":
         flags.append(f"--out {shlex.quote(config.out + '-few')}")
     return line + f", or tune it to two steps: python train.py --recipe {' '.join([few.recipe, *flags])}"
+
+
+def last_words(config, stop, step, first, saved):
+    """What became of the run, and what to type next. ValueError if the disk did not take its end."""
+    if not saved:
+        raise ValueError(f"step {step} is not in {config.out}: free some disk space, and run the same command")
+    if stop:
+        name = signal.Signals(stop).name
+        print0(f"stopped by {name} at step {step} of {config.steps}; the same command resumes")
+        return
+    if first == config.steps:
+        print0("this run is complete; a larger --steps extends it, --fresh starts over")
+    print0(next_commands(config))
 
 
 # ---- the run ------------------------------------------------------------------------------------------
@@ -392,15 +406,7 @@ def main(config):                                                               
     bar.close()
     if log:
         log.close()
-    if not saved:
-        raise ValueError(f"the last steps are not in {out}: free some disk space, and run the same command")
-    if stop:
-        name = signal.Signals(stop).name
-        print0(f"stopped by {name} at step {step} of {config.steps}; the same command resumes")
-    elif first == config.steps:
-        print0("this run is complete; a larger --steps extends it, --fresh starts over")
-    if not stop:
-        print0(next_commands(config))
+    last_words(config, stop, step, first, saved)
     leave_distributed()
 
 
