@@ -38,7 +38,7 @@ from data import open_dataset, to_uint8
 from engine import (gather, init_distributed, leave_distributed, one_line, pick_device, print0,
                     rank_and_world, rank_batches, run, sum_over_ranks)
 from features import Inception, SmallFeatures, file_hash, train_features
-from images import find_images, read_rgb
+from images import check_unreadable, find_images, read_or_reason, read_rgb
 from sample import generate, open_model, save_arrays
 
 
@@ -196,12 +196,16 @@ class Statistics:
 
 # ---- images -------------------------------------------------------------------------------------------
 
+def read_opaque(path):
+    """uint8 (H, W, 3); transparency is left out, as by torch-fidelity and pytorch-fid."""
+    return np.asarray(read_rgb(path, on_white=False))
+
+
 def stored_images(source, batch_size):
     """(first, uint8 (B, C, H, W)) of this process's batches of a folder or an .npz file.
 
     A folder is read with its sub-folders, in a shuffled order, since IS wants all classes in each chunk; grey
-    becomes RGB, and transparency is left out, as by torch-fidelity and pytorch-fid. Where sizes differ a
-    batch is cut, so that each part holds one size.
+    becomes RGB. Where sizes differ a batch is cut, so that each part holds one size.
     """
     path = Path(source.removeprefix("folder:").removeprefix("npz:")).expanduser()
     if path.is_dir():
@@ -211,13 +215,16 @@ def stored_images(source, batch_size):
         left = ", ".join(f"{n} {what}" for what, n in sorted(skipped.items()))
         print0(f"{path}: {len(files)} images{f'; skipped: {left}' if left else ''}")
         files = [files[k] for k in np.random.default_rng(0).permutation(len(files))]
+        bad = []
         for first in rank_batches(len(files), batch_size, *rank_and_world()):
-            batch = files[first:first + batch_size]
-            images = (np.asarray(read_rgb(file, on_white=False)) for file in batch)
+            read = [read_or_reason(file, read_opaque) for file in files[first:first + batch_size]]
+            bad += [reason for reason in read if isinstance(reason, str)]
+            images = (image for image in read if not isinstance(image, str))
             for _, same_size in itertools.groupby(images, key=np.shape):
                 batch = np.stack(list(same_size))
                 yield first, torch.from_numpy(batch).permute(0, 3, 1, 2)
                 first += len(batch)
+        check_unreadable(bad, len(files))
         return
     x = next((v for v in read_npz(path).values() if v.dtype == np.uint8 and v.ndim == 4), None)
     if x is None or x.shape[-1] not in (1, 3) or not len(x):

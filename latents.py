@@ -30,7 +30,7 @@ from tqdm import tqdm
 from checkpoint import atomic_write, hub_errors
 from config import read_flags, recipe_row, setting
 from data import FiniteDataset, noise_like_seed
-from engine import init_distributed, leave_distributed, pick_device, print0, rank_and_world, run
+from engine import init_distributed, leave_distributed, one_line, pick_device, print0, rank_and_world, run
 from images import find_classes, read_many, read_rgb
 from published import HUB, UCGM_HOME
 
@@ -348,8 +348,8 @@ def map_shard(path):
         with safetensors.safe_open(path, "pt") as file:
             notes = json.loads((file.metadata() or {}).get("notes", "{}"))
             return {name: file.get_tensor(name).numpy() for name in file.keys()}, notes
-    except (OSError, TypeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is not a readable file of latents, or it is cut off ({error})") from error
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable file of latents, or it is cut off ({one_line(error)})") from error
 
 
 def read_manifest(root, vae):

@@ -283,7 +283,7 @@ def next_commands(config):
 def last_words(config, stop, step, first, saved):
     """What became of the run, and what to type next. ValueError if the disk did not take its end."""
     if not saved:
-        raise ValueError(f"step {step} is not in {config.out}: free some disk space, and run the same command")
+        raise ValueError(f"step {step} is not in {config.out}: free some disk space and run it again")
     if stop:
         name = signal.Signals(stop).name
         print0(f"stopped by {name} at step {step} of {config.steps}; the same command resumes")

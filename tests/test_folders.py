@@ -1,0 +1,162 @@
+"""Folders as people have them: odd formats, modes, links, hidden files, damage. train.py, latents.py and fid.py
+see the same images."""
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fid
+import images
+import latents
+from data import open_dataset
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def save_all(root):
+    """Files that hold an image, by name; each is 24 x 20 pixels, dark on the left, bright on the right."""
+    ramp = np.tile(np.linspace(0, 255, 24).round().astype(np.uint8), (20, 1))
+    grey, rgb = Image.fromarray(ramp), Image.fromarray(np.stack([ramp] * 3, 2))
+    rgba = rgb.copy()
+    rgba.putalpha(Image.fromarray(255 - ramp // 2))
+    (root / "a").mkdir(parents=True)
+    (root / "b" / "deeper").mkdir(parents=True)
+    a, b = root / "a", root / "b"
+    for mode in ("1", "L", "LA", "RGB", "RGBA"):
+        (rgba if mode in ("LA", "RGBA") else rgb).convert(mode).save(a / f"png-{mode}.png")
+    rgb.quantize(64).save(a / "png-P.png")
+    for mode in ("L", "RGB", "CMYK", "YCbCr"):
+        rgb.convert(mode).save(a / f"jpg-{mode}.jpg", quality=95)
+    way = Image.Transpose       # stored so that the orientation of the EXIF standard turns them upright again
+    turns = {2: way.FLIP_LEFT_RIGHT, 3: way.ROTATE_180, 4: way.FLIP_TOP_BOTTOM, 5: way.TRANSPOSE, 6: way.ROTATE_90,
+             7: way.TRANSVERSE, 8: way.ROTATE_270}
+    for orientation, turn in turns.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        rgb.transpose(turn).save(b / f"turned-{orientation}.jpeg", exif=exif, quality=95)
+    for mode in ("L", "RGB", "CMYK", "RGBA"):
+        (rgba if mode == "RGBA" else rgb).convert(mode).save(b / f"tif-{mode}.tif")
+    deep = ramp.astype(np.uint16) * 257
+    Image.fromarray(deep).save(b / "deep.png")
+    Image.fromarray(deep).save(b / "deep.tiff")
+    Image.fromarray(ramp.astype(np.int32) * 257).save(b / "int.tiff")
+    Image.fromarray(ramp.astype(np.float32) / 255).save(b / "float.tiff")
+    (b / "deep.pgm").write_bytes(b"P5 24 20 65535\n" + deep.astype(">u2").tobytes())
+    grey.save(b / "grey.pgm")
+    rgb.save(b / "colour.ppm")
+    rgb.save(b / "plain.bmp")
+    rgb.quantize(64).save(b / "still.gif")
+    rgb.save(b / "moving.gif", save_all=True, append_images=[rgb.rotate(180)])
+    rgb.save(b / "UPPER.PNG")
+    rgb.save(b / "deeper" / "below.webp", lossless=True)
+    rgba.save(b / "alpha.webp", lossless=True)
+    rgb.quantize(64).save(b / "see-through.png", transparency=0)
+    return sum(len(files) for _, _, files in os.walk(root))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """(folder, readable images, damaged ones)."""
+    root, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    count = save_all(root)
+    a = root / "a"
+    elsewhere.mkdir()
+    Image.new("RGB", (9, 9)).save(elsewhere / "1.png")
+    (root / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (a / "link.png").symlink_to(elsewhere / "1.png")
+    (a / "loop").symlink_to(root, target_is_directory=True)
+    for name in (".hidden.png", "._003.png", ".ipynb_checkpoints/x.png", ".git/y.png"):
+        (a / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(a / name)
+    for name in ("notes.txt", "film.mpg", "paper.pdf", "Thumbs.db"):
+        (a / name).write_bytes(b"no image")
+    Image.new("RGB", (9, 9)).save(root / "in-no-class.png")
+    good = (a / "png-RGB.png").read_bytes()
+    damaged = {"cut.png": good[:60], "empty.jpg": b"", "text.png": b"hello", "odd.pgm": b"P5 x y 255\n",
+               "chunk.png": good[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(b"x" * 2**21)) + good[33:]}
+    for name, content in damaged.items():
+        (a / name).write_bytes(content)
+    return root, count + 2, len(damaged)
+
+
+def test_all_three_see_the_same_images(folder, tmp_path, capsys, monkeypatch):
+    """More than 40 odd files: the same count for training, encoding and scores; each damaged one is named."""
+    root, readable, damaged = folder
+    assert readable + damaged > 40
+    data = open_dataset(f"folder:{root}", size=16, cache=str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert len(data) == readable and data.names == ["a", "b", "linked"]
+    assert f"{readable + damaged} images in 3 classes" in said and ".mpg" in said and "hidden" in said
+    assert all(name in said for name in ("cut.png", "empty.jpg", "text.png", "odd.pgm", "chunk.png"))
+
+    class Autoencoder:
+        def __init__(self, *settings):
+            pass
+        to, hash = lambda self, device: self, lambda self: "0"
+        encode = lambda self, x, noise: x[:, :1, ::4, ::4]
+    monkeypatch.setattr(latents, "Autoencoder", Autoencoder)
+    latents.encode(latents.Options(data=f"folder:{root}", size=16, out=str(tmp_path / "l"), workers=0, device="cpu"))
+    assert len(latents.open_latents(tmp_path / "l", 0, "sd-ema")) == readable
+    (root / "in-no-class.png").unlink()         # scores have no classes
+    assert sum(len(x) for _, x in fid.stored_images(f"folder:{root}", 8)) == readable
+    assert "cut.png" in capsys.readouterr().out
+
+
+def test_every_image_is_read_upright_and_in_its_range(tmp_path):
+    """Whatever the format, mode and orientation: dark on the left, bright on the right, from 0 to 255."""
+    save_all(tmp_path)
+    for path in images.find_images(tmp_path)[0]:
+        x = np.asarray(images.read_rgb(path, on_white=False), np.float64).mean(2)
+        name = os.path.basename(path)
+        assert x.shape == (20, 24) and (x[:, 0] < 12).all() and (x[:, -1] > 243).all(), name
+        assert name == "png-1.png" or np.abs(x - np.linspace(0, 255, 24)).max() < 12, name
+
+
+def test_transparency(tmp_path):
+    """Training lays it on white; scores leave it out, as their peers do."""
+    Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "x.png")
+    assert (np.asarray(images.read_rgb(tmp_path / "x.png")) == 255).all()
+    assert (np.asarray(images.read_rgb(tmp_path / "x.png", on_white=False)) == (200, 0, 0)).all()
+    assert [x[0, :, 0, 0].tolist() for _, x in fid.stored_images(f"folder:{tmp_path}", 4)] == [[200, 0, 0]]
+
+
+def test_a_folder_is_read_once(folder, tmp_path, monkeypatch):
+    """The next start maps the array; another time, size or file reads it again; what is not ours stays."""
+    root, readable, _ = folder
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "images_of_mine.npy").write_bytes(b"mine")
+    first = open_dataset(f"folder:{root}", size=16, cache=str(run))
+    reads = []
+    original = images.read_square
+    monkeypatch.setattr(images, "read_square", lambda path, size: reads.append(path) or original(path, size))
+    again = open_dataset(f"folder:{root}", size=16, cache=str(run))
+    assert not reads and torch.equal(first[np.arange(9)][0], again[np.arange(9)][0])
+    assert first.fingerprint == again.fingerprint
+    os.utime(root / "a" / "png-RGB.png", (0, 0))
+    touched = open_dataset(f"folder:{root}", size=16, cache=str(run))
+    assert len(reads) > readable and touched.fingerprint == first.fingerprint
+    (root / "a" / "png-RGB.png").rename(root / "b" / "png-RGB.png")
+    assert open_dataset(f"folder:{root}", size=16, cache=str(run)).fingerprint != first.fingerprint
+    assert (run / "images_of_mine.npy").read_bytes() == b"mine" and len(list(run.glob("images16_*.npy"))) == 1
+
+
+def test_too_many_unreadable_images_end_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    for k in range(30):
+        (tmp_path / "a" / f"{k}.png").write_bytes(b"no image")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a" / "good.png")
+    with pytest.raises(ValueError, match="30 of 31 images cannot be read"):
+        open_dataset(f"folder:{tmp_path}", size=8)
+
+
+def test_labels_with_gaps_are_only_the_classes_that_occur(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.zeros((6, 8, 8), np.uint8), y=np.array([3, 7, 7, 3, 3, 7]))
+    data = open_dataset(f"npz:{tmp_path / 'd.npz'}")
+    assert data.names == ["3", "7"] and set(data[np.arange(6)][1].tolist()) == {0, 1}
