@@ -88,12 +88,7 @@ class Config:
             if getattr(self, name) not in allowed:
                 words = ", ".join(word for word in allowed if word)
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of: {words}")
-        for name in FIXED_LENGTH:
-            wanted, found = getattr(Config, name), getattr(self, name)
-            if len(found) != len(wanted):
-                raise ValueError(f"{name} is {text_of(found)}; it wants {len(wanted)} numbers, such as "
-                                 f"{text_of(wanted)}")
-
+        check_lengths(self)
         self.check_pairs()
 
     def check_pairs(self):
@@ -119,6 +114,16 @@ WORDS = {"optimizer": ("adamw", "radam", "muon"), "dtype": ("auto", "bfloat16", 
          "report_to": ("", "tensorboard", "wandb")}
 FIXED_LENGTH = ("enhance_range", "time_beta", "betas", "schedule", "gap", "cfg_interval")
 
+
+def check_lengths(settings):
+    """ValueError if a setting of several numbers has too few or too many."""
+    for name in FIXED_LENGTH:
+        wanted, found = getattr(Config, name), getattr(settings, name, None)
+        if found is not None and len(found) != len(wanted):
+            raise ValueError(f"{name} is {text_of(found)}; it wants {len(wanted)} numbers, such as "
+                             f"{text_of(wanted)}")
+
+
 # What may differ between a run and its continuation: where and how fast it runs, and what it tells.
 FREE = set("""out steps device compile micro_batch fsdp grad_checkpoint data_dir fresh allow_change log_every
            save_every report_to""".split())
@@ -141,6 +146,9 @@ class SamplerFlags:
     gap: tuple | None = setting(None, "distance of the grid from t = 1 and t = 0")
     cfg_scale: float | None = setting(None, "classifier-free guidance; 1: off")
     cfg_interval: tuple | None = setting(None, "where it is on, in the network's own time")
+
+    def __post_init__(self):
+        check_lengths(self)
 
     def given(self):
         return {f.name: getattr(self, f.name) for f in fields(SamplerFlags)}

@@ -83,12 +83,13 @@ class LossByTime:
 
 def flops_per_image(net):
     """Operations of one forward pass on one image: two per weight and token, and the attention products."""
-    tokens, width = (net.input_size // net.patch_size) ** 2, net.y_embedder.embedding_table.weight.shape[1]
-    flops = 4 * tokens**2 * width * len(net.blocks)
+    tokens, flops = (net.input_size // net.patch_size) ** 2, 0
     for name, module in net.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             once_an_image = "adaLN" in name or "t_embedder" in name
             flops += 2 * module.weight.numel() * (1 if once_an_image else tokens)
+        if name.endswith("attn.proj"):
+            flops += 4 * tokens**2 * module.in_features
     return flops
 
 

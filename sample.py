@@ -108,7 +108,7 @@ def newest_model():
 def read_seeds(text, num):
     """Seeds from "0-63" or "3,5,8", else 0..num-1."""
     try:
-        parts = [part.split("-") for part in (text or f"0-{num - 1}").split(",")]
+        parts = [part.split("-") for part in text.split(",")] if text else [(0, num - 1)]
         seeds = [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
     except ValueError:
         seeds = []
