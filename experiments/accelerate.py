@@ -1,6 +1,6 @@
 """UCGM-S on somebody else's model, without training: a transport and a wrapper of three lines.
 
-    python experiments/accelerate.py        # DiT-XL/2 (through diffusers): one noise, 20 steps, three samplers
+    python experiments/accelerate.py        # DiT-XL/2, through diffusers: one noise, 20 steps, three samplers
 
 sampler.sample asks any callable net(x, t, y) -> like x for what its transport says:
 
@@ -26,7 +26,7 @@ from sampler import sample
 
 @dataclass
 class Options:
-    model: str = setting("facebook/DiT-XL-2-256", "a DiT pipeline of diffusers: a folder, or a name on the hub")
+    model: str = setting("facebook/DiT-XL-2-256", "a DiT pipeline of diffusers: on the hub or a folder")
     steps: int = setting(20, "steps of the sampler")
     cfg_scale: float = setting(4.0, "classifier-free guidance")
     out: str = setting("accelerated.png", "page to write")
@@ -34,18 +34,18 @@ class Options:
 
 
 def dit(transformer):
-    """A diffusers DiTTransformer2DModel as net(x, t, y) for transport ddpm: epsilon, without the variances."""
+    """diffusers' DiTTransformer2DModel as net(x, t, y) for transport ddpm: epsilon, without the variances."""
     channels = transformer.config.in_channels
     return lambda x, t, y: transformer(x, timestep=t, class_labels=y).sample[:, :channels]
 
 
 def predicts_x0(model):
-    """A model(x_t, t) that predicts the data, on the path x_t = t z + (1 - t) x, for transport x-prediction."""
+    """A model(x_t, t) of the data, on the path x_t = t z + (1 - t) x, for transport x-prediction."""
     return lambda x, t, y: model(x, t)
 
 
 def predicts_velocity(model):
-    """A model(x_t, t) that predicts dx_t/dt = z - x, as flow matching trains it, for transport linear."""
+    """A model(x_t, t) of dx_t/dt = z - x, as flow matching trains it, for transport linear."""
     return lambda x, t, y: model(x, t)
 
 

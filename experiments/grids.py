@@ -31,8 +31,11 @@ class Options:
 
 
 def main(options):
+    if not options.few or not options.many:
+        raise ValueError("which models? give --few and --many, such as runs/shapes32-few and runs/shapes32")
     seeds, blocks = range(options.columns * options.rows), []
-    for path, steps in ((options.one or options.few, 1), (options.few, 2), (options.few, 4), (options.many, 40)):
+    one, few, many = options.one or options.few, options.few, options.many
+    for path, steps in ((one, 1), (few, 2), (few, 4), (many, 40)):
         model = open_model(path, pick_device("cpu"))
         x = torch.cat([x for _, x, _ in generate(model, seeds, 256, steps=steps)])
         calls = model.nfe(steps=steps)

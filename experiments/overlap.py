@@ -1,9 +1,10 @@
-"""How training scales: bytes that are all-reduced a step, and how much of that hides behind the backward pass.
+"""How training scales: bytes all-reduced a step, and how much of that hides behind the backward pass.
 
     torchrun --nproc_per_node=2 experiments/overlap.py      # measured: two gloo processes on this machine
     python experiments/overlap.py                           # arithmetic: XL on 8, 64 and 512 GPUs
 
-The measurement reads the profiler's trace: the share of the all-reduce's time in which the backward pass computes.
+The measurement is from the profiler's trace: the share of the all-reduce's time in which the backward pass
+computes.
 """
 import os
 import sys
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile
 
@@ -73,23 +73,26 @@ def measure(options):
     reduce = union(span for name, span in events if "all_reduce" in name or "allreduce" in name)
     backward = union(span for name, span in events if name.startswith("autograd::engine::evaluate_function"))
     count = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    print0(f"{options.model}, {count / 1e6:.1f} M gradients = {4 * count / 2**20:.0f} MiB a step in {len(reduce)} "
-           f"spans of all-reduce, {length(reduce) / 1e3:.0f} ms; {common(reduce, backward) / length(reduce):.0%} of "
-           f"it while the backward pass computes ({length(backward) / 1e3:.0f} ms)")
+    hidden = common(reduce, backward) / length(reduce)
+    print0(f"{options.model}, {count / 1e6:.1f} M gradients = {4 * count / 2**20:.0f} MiB a step in "
+           f"{len(reduce)} spans of all-reduce, {length(reduce) / 1e3:.0f} ms; {hidden:.0%} of it while the "
+           f"backward pass computes ({length(backward) / 1e3:.0f} ms)")
     leave_distributed()
 
 
 def predict(options):
-    """Efficiency of data parallelism: a ring all-reduce moves 2 (n - 1) / n of all bytes through the slowest link."""
+    """Efficiency of data parallelism. A ring all-reduce moves 2 (n - 1) / n of all bytes through the slowest
+    link."""
     step, size = options.batch / options.images_per_s, 4 * options.parameters
-    print(f"{size / 1e9:.2f} GB of gradients; assumed {options.images_per_s:g} images/s a GPU, {options.batch} a GPU "
-          f"and step: {step * 1e3:.0f} ms\n")
-    print("| GPUs | slowest link | on the wire | efficiency without overlap | with all but the last 4 % hidden |")
+    print(f"{size / 1e9:.2f} GB of gradients; assumed {options.images_per_s:g} images/s a GPU, "
+          f"{options.batch} a GPU and step: {step * 1e3:.0f} ms\n")
+    print("| GPUs | slowest link | on the wire | efficiency without overlap | with all but 4 % hidden |")
     print("|---|---|---|---|---|")
     for n, link, bandwidth in LINKS:
         wire = 2 * (n - 1) / n * size / bandwidth
         exposed = max(0.04 * wire, wire - step * 2 / 3)         # the backward pass is two thirds of a step
-        print(f"| {n} | {link} | {wire * 1e3:.0f} ms | {step / (step + wire):.0%} | {step / (step + exposed):.0%} |")
+        plain, overlapped = step / (step + wire), step / (step + exposed)
+        print(f"| {n} | {link} | {wire * 1e3:.0f} ms | {plain:.0%} | {overlapped:.0%} |")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Other samplers and another few-step method on the same network: what RESULTS.md compares with.
 
-    python experiments/peers.py curves --ckpt runs/shapes32 --out curves.jsonl       # samplers, by network calls
-    python experiments/peers.py meanflow --ckpt runs/shapes32 --seconds 60           # MeanFlow, from the same model
+    python experiments/peers.py curves --ckpt runs/shapes32 --out curves.jsonl      # samplers
+    python experiments/peers.py meanflow --ckpt runs/shapes32 --seconds 60          # MeanFlow, tuned from it
 
-curves: UCGM-S, Euler, Heun and DPM-Solver++(2M). A line of the output is a score as fid.py's: FD-NAME, its floor,
-accuracy, variety, N, NFE.
+The samplers are UCGM-S, Euler, Heun and DPM-Solver++(2M), each at several numbers of network calls. A line of
+the output is a score as fid.py's: FD-NAME, its floor, accuracy, variety, N, NFE.
 """
 import copy
 import json
@@ -52,11 +52,11 @@ class Options:
 
 @torch.no_grad()
 def heun(net, z, y, times):
-    """Heun's method in t on the velocity of the linear path, as flow matching has it: two calls a step, and one
-    for the last.
+    """Heun's method in t on the velocity of the linear path, as in flow matching: two calls a step, one for
+    the last.
 
-    It is not the sampler's order 2, which is EDM's Heun in the noise level alpha / gamma: on the linear path that
-    level runs away near t = 1.
+    It is not the sampler's order 2, which is EDM's Heun in the noise level alpha / gamma: on the linear path
+    that level runs away near t = 1.
     """
     x, grid = z.double(), torch.tensor(times, dtype=torch.float64)
 
@@ -99,7 +99,7 @@ class MeanFlow(nn.Module):
         super().__init__()
         self.net, self.num_classes = copy.deepcopy(net).requires_grad_(True), net.num_classes
         self.net.t_embedder = TwoTimes(self.net.t_embedder)
-        self.x_pred, self.net.x_pred = self.net.x_pred, False   # its division by t stands below: t is two numbers
+        self.x_pred, self.net.x_pred = self.net.x_pred, False   # it would divide by t, here two numbers
 
     def forward(self, x, r, t, y):
         out = self.net(x, torch.stack([t, t - r], -1), y)
@@ -118,8 +118,8 @@ class TwoTimes(nn.Module):
 
 
 def meanflow_loss(flow, teacher, x, y, t, r, z):
-    """The identity u = v - (t - r) du/dt, with the frozen teacher's velocity as v, which is the place that fc-vs-xz
-    gives the teacher at zeta 1; and the adaptive weight of the paper, p = 1."""
+    """The identity u = v - (t - r) du/dt, with the frozen teacher's velocity as v, which is the place that
+    fc-vs-xz gives the teacher at zeta 1; and the adaptive weight of the paper, p = 1."""
     x_t = expand(t, x) * z + (1 - expand(t, x)) * x
     with torch.no_grad():
         v = teacher(x_t, t, y)
@@ -131,9 +131,10 @@ def meanflow_loss(flow, teacher, x, y, t, r, z):
 
 
 def tune_meanflow(model, options):
-    """A MeanFlow tuned for options.seconds from the model, which is also the teacher; its average, and the steps."""
+    """(averaged MeanFlow, steps) after options.seconds of tuning from the model, which also teaches it."""
     torch.manual_seed(options.seed)
-    data = open_dataset(options.data or model.config.data, model.shape[-1], options.seed, root=options.data_dir)
+    source = options.data or model.config.data
+    data = open_dataset(source, model.shape[-1], options.seed, root=options.data_dir)
     flow = MeanFlow(model.net)
     ema = copy.deepcopy(flow).requires_grad_(False)
     weights = [p for p in flow.parameters() if p.requires_grad]
@@ -205,8 +206,8 @@ class Judge:
     def __call__(self, name, nfe, draw, **more):
         start = time.perf_counter()
         scores = compare(self.kind, [], self.statistics(self.images(draw)), self.real, self.floor)
-        line = {"method": name, "NFE": nfe, **{key: round(value, 4) for key, value in scores.items()}, "N": self.num,
-                "seed": self.options.seed, "ckpt": self.options.ckpt,
+        line = {"method": name, "NFE": nfe, **{key: round(value, 4) for key, value in scores.items()},
+                "N": self.num, "seed": self.options.seed, "ckpt": self.options.ckpt,
                 "seconds": round(time.perf_counter() - start, 1), **more}
         print(json.dumps(line), flush=True)
         with open(self.options.out, "a") as file:
@@ -220,9 +221,9 @@ def curves(model, options):
             name = f"UCGM-S kappa {kappa}" if kappa else "Euler"
             judge(name, nfe, partial(sample, net, transport="linear", steps=nfe, kappa=kappa, gap=gap))
         if options.others:
-            times = time_grid(nfe, gap=gap, order=2)
-            judge("Heun", nfe - 1 + nfe % 2, partial(heun, net, times=times))
-            judge("DPM-Solver++(2M)", nfe, partial(dpm_solver_2m, net, transport="linear", times=time_grid(nfe, gap=gap)))
+            judge("Heun", nfe - 1 + nfe % 2, partial(heun, net, times=time_grid(nfe, gap=gap, order=2)))
+            times = time_grid(nfe, gap=gap)
+            judge("DPM-Solver++(2M)", nfe, partial(dpm_solver_2m, net, transport="linear", times=times))
 
 
 def meanflow(model, options):
@@ -241,7 +242,7 @@ def main(task, options):
         raise ValueError("expected curves --ckpt RUN or meanflow --ckpt RUN")
     model = open_model(options.ckpt, pick_device("cpu"))
     if model.config.transport != "linear":
-        raise ValueError(f"the peers are for transport linear, and {options.ckpt} has {model.config.transport}")
+        raise ValueError(f"the peers are for transport linear; {options.ckpt} has {model.config.transport}")
     tasks[task](model, options)
 
 

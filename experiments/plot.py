@@ -1,4 +1,4 @@
-"""The figure of the idea: one loss learns the direction of a path, or its end (pip install -r requirements-dev.txt).
+"""The figure of the idea: one loss learns the direction of a path, or its end. It wants matplotlib.
 
     python experiments/plot.py              # assets/paths.png: a 2-D mixture, exact and learnt; three minutes
 """
@@ -36,7 +36,7 @@ def mixture(count, generator):
 
 
 def exact(x_t, t, y=None):
-    """The velocity E[z - x | x_t] of the linear path: each Gaussian's own regression, weighted by how likely it is."""
+    """The velocity E[z - x | x_t] of the linear path: each Gaussian's own, weighted by how likely it is."""
     t = t.view(-1, 1, 1).double()
     centres = CENTRES.double()[None]                                                # (1, K, 2)
     spread = t**2 + ((1 - t) * WIDTH) ** 2                                          # (B, 1, 1)
@@ -110,15 +110,16 @@ def draw(ways, off, out):
 
 
 def main(options):
-    """Two networks on one mixture: lambda 0 learns the direction at every point of the way, lambda 1 where it ends."""
+    """Two networks on one mixture: lam 0 learns the direction at every point, lam 1 where the path ends."""
     torch.manual_seed(0)
-    # In two dimensions the root of the square would find a median, and the flow is a mean: a large c makes it the square.
+    # In two dimensions the root of the square finds a median, and the flow is a mean. A large c makes it the
+    # square.
     common = dict(huber=5.0, time_weight="none", label_drop=0.0)
     many = fit(Objective("linear", **common), Small(), options.train_steps)
     few = Small()
     few.load_state_dict(many.state_dict())
-    tuning = Objective("linear", lam=1.0, zeta=1.0, style="fc-vs-xz", enhance_range=(0.0, 1.0), derivative="jvp",
-                       **common)
+    tuning = Objective("linear", lam=1.0, zeta=1.0, style="fc-vs-xz", enhance_range=(0.0, 1.0),
+                       derivative="jvp", **common)
     few = fit(tuning, few, options.train_steps, many)
 
     z = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1))
@@ -128,7 +129,8 @@ def main(options):
             "lambda 1, 1 step": travel(few, z, steps=1, gap=(0.0, 0.0))}
     off = {name: (way[-1] - ways["exact"][-1]).norm(dim=1).median().item()
            for name, way in ways.items() if name != "exact"}
-    print(", ".join(f"{name}: {value:.3f}" for name, value in off.items()), "(median distance from the exact end)")
+    distances = ", ".join(f"{name}: {value:.3f}" for name, value in off.items())
+    print(f"{distances} (median distance from the exact end)")
     draw(ways, off, options.out)
     print(f"look at {options.out}")
 

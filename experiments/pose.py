@@ -1,12 +1,12 @@
 """Where a model of `shapes` loses variety: place, size, angle and colours are read back from its images.
 
-    python experiments/pose.py --ckpt runs/shapes32     # spread of each number, as a share of that of real images
-    python experiments/pose.py --price                  # FD-shapes of real images that are drawn too much alike
+    python experiments/pose.py --ckpt runs/shapes32     # spread of each number over that of real images
+    python experiments/pose.py --price                  # FD-shapes of real images drawn too much alike
 
-A line "from t" starts at real images with noise up to t and lets the sampler finish. A perfect model keeps the
-spread at 1 from every t; the largest t that still does tells which noise the model can not look through.
-"remembered" is the slope of the angle read after against the angle before: 1 where the image still decides it, near
-t = 0, and 0 at t = 1.
+A line "from t" starts at real images with noise up to t and lets the sampler finish. A perfect model keeps
+the spread at 1 from every t; the largest t that still does tells which noise the model cannot look through.
+"remembered" is the slope of the angle read after against the angle before: 1 near t = 0, where the image
+still decides it, and 0 at t = 1.
 """
 import sys
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from config import numbers, read_flags, setting
+from config import read_flags, setting
 from engine import pick_device, run
 from fid import SmallFeatures, collect, frechet
 from sample import open_model
@@ -30,7 +30,7 @@ from sampler import sample
 NUMBERS = {"x": 1, "y": 2, "size": 3, "angle": 4, "saturation": 6, "value": 7, "paper saturation": 9,
            "paper value": 10}
 COLUMNS, ANGLE = list(NUMBERS.values()), list(NUMBERS).index("angle")
-TURNED = range(2, 7)        # square, triangle, star, heart, cross: circle and ring have no angle, the moon hides it
+TURNED = range(2, 7)        # the classes with an angle: square, triangle, star, heart, cross
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Options:
     ckpt: str = setting("", "a many-step or few-step model of shapes at 32x32")
     price: bool = setting(False, "instead: what narrowing costs")
     num: int | None = setting(None, "images a line; not given: 1000, and 16000 with --price")
-    starts: str = setting("0.5,0.6,0.7,0.8,0.9", "times at which noisy real images are handed over; then noise alone")
+    starts: tuple = setting((0.5, 0.6, 0.7, 0.8, 0.9), "times at which noisy real images are handed over")
     steps: int = setting(20, "of the sampler, from t = 1; fewer from earlier times")
     kappa: float | str = setting("auto", "extrapolation: a number, or auto")
     train_steps: int = setting(2500, "of the network that reads the numbers")
@@ -70,7 +70,8 @@ def train_reader(steps):
     torch.manual_seed(0)
     widths = (3, 32, 64, 96)
     layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())]
-    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, 128), nn.ReLU(), nn.Linear(128, len(COLUMNS)))
+    layers += [nn.Flatten(), nn.Linear(96 * 16, 128), nn.ReLU(), nn.Linear(128, len(COLUMNS))]
+    net = nn.Sequential(*layers)
     optimizer = torch.optim.AdamW(net.parameters(), 4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for step in tqdm(range(steps), unit="step", desc="reader"):
@@ -95,7 +96,7 @@ def remembered(before, after, y):
 
 
 def price(num):
-    """FD-shapes of `num` real images whose angle or place comes from a part of its range, against 2 num real ones."""
+    """FD-shapes of `num` real images, angle or place from a part of its range, against 2 num real ones."""
     features = SmallFeatures("shapes", (3, 32, 32))
 
     def moments(seed, count, change=()):
@@ -122,7 +123,7 @@ def main(options):
     x, y, _ = draws(5, np.arange(options.num or 1000))
     z, before = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), reader(x)
     print(f"{'':12} spread: {', '.join(NUMBERS)} | remembered: angle")
-    for t in (*numbers(options.starts), 0.999):
+    for t in (*options.starts, 0.999):
         times = np.linspace(t, 0.05, max(3, round(options.steps * t))).tolist()
         batches = zip((t * z + (1 - t) * x).split(250), y.split(250))
         drawn = [sample(model.net, *batch, times=times, kappa=options.kappa) for batch in batches]

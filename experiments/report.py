@@ -1,6 +1,6 @@
 """The tables and curves of RESULTS.md from the lines that fid.py and peers.py wrote.
 
-    python experiments/report.py experiments/results/*.jsonl        # tables to the terminal, assets/nfe-DATA.png
+    python experiments/report.py experiments/results/*.jsonl        # tables, and assets/nfe-DATA.png
 """
 import itertools
 import json
@@ -29,7 +29,7 @@ def read(paths):
         try:
             texts = Path(path).read_text().splitlines()
         except OSError as error:
-            raise ValueError(f"no scores at {path} ({error.strerror}); expected a .jsonl of fid.py's lines") from error
+            raise ValueError(f"no scores at {path} ({error.strerror}); expected lines of fid.py") from error
         for line in map(json.loads, texts):
             name = next(key for key in line if key.startswith("FD-"))
             method = line.get("method") or re.sub(r"-\d+$", "", Path(line["ckpt"]).name)
@@ -56,7 +56,7 @@ def table(lines):
 
 
 def plot(lines, path):
-    """Score against NFE: a line a method, its range over the seeds shaded. Scores of 20 and more are left out,
+    """Score against NFE: a line a method, its range over the seeds shaded. Scores from 20 on are left out,
     since they would flatten the rest."""
     import matplotlib
     matplotlib.use("Agg")
@@ -72,7 +72,8 @@ def plot(lines, path):
         calls, scores = zip(*sorted(points.items()))
         mean = [sum(values) / len(values) for values in scores]
         drawn = axes.plot(calls, mean, marker="o", markersize=3, label=method)[0]
-        axes.fill_between(calls, list(map(min, scores)), list(map(max, scores)), alpha=0.15, color=drawn.get_color())
+        low, high = list(map(min, scores)), list(map(max, scores))
+        axes.fill_between(calls, low, high, alpha=0.15, color=drawn.get_color())
     axes.set(xscale="log", xlabel="network evaluations an image",
              ylabel=f"FD-{lines[0]['data']} (not FID), lower is better")
     axes.set_xticks(TICKS, map(str, TICKS))

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from toys import ROOT, TINY, run, states
 
+from model import FAMILIES, DiT
+
+# The network of tests/old_run: a step takes a few milliseconds. Register it as model.MODELS["TiT-nano/4"].
+TIT_NANO = partial(DiT, patch_size=4, depth=1, hidden_size=16, num_heads=2, **FAMILIES["TiT"])
 FLAGS = [*TINY, "--sample_steps", "2"]
 TEACH = "--zeta 0.5 --style ft-vs-fe".split()
 FEW = "--lam 1 --zeta 1 --style fc-vs-xz --optimizer radam --init_from start".split()
@@ -23,12 +28,6 @@ def train(*flags, capsys):
     status, out, err = run("train.py", *FLAGS, *flags, capsys=capsys)
     assert status == 0, err
     return out
-
-
-def start_from(flags, capsys):
-    """Make the model that these flags start from, if they name one."""
-    if "start" in flags:
-        train("--steps", 3, "--out", "start", capsys=capsys)
 
 
 def free_port():

@@ -1,115 +1,309 @@
-"""The documents' promises: the diffs of CONTRIBUTING.md apply and run, the commands of README.md exist, its files are there."""
-import doctest
+"""The documents are true: their commands parse, their files exist, their listings compute what the code does.
+
+The diffs in CONTRIBUTING.md are made from EDITS. When the lines around an edit have changed,
+`PYTHONPATH=. python tests/test_documents.py` writes them anew.
+"""
+import ast
+import difflib
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
+from torch.testing import assert_close
+from toys import ROOT, SMALL, Net, batch, run
 
-ROOT = Path(__file__).resolve().parent.parent
+import fid
+import latents
+import log
+import model
+import sample
+import sampler
+from config import RECIPES, read_config, read_flags, recipe_row
+from objective import TRANSPORTS, Objective, predict
+from train import split_batch
+
+NAMES = ["README.md", "CONTRIBUTING.md", "RESULTS.md", "assets/README.md", "experiments/LOG.md"]
+DOCUMENTS = {path: path.read_text() for path in [*(ROOT / name for name in NAMES),
+                                                 *sorted(ROOT.glob("docs/*.md"))]}
+README, CONTRIBUTING = DOCUMENTS[ROOT / "README.md"], DOCUMENTS[ROOT / "CONTRIBUTING.md"]
+
+# Flags of torchrun, SLURM, pip and pytest, and scripts of the past that the log names.
+OTHERS = set("""nproc_per_node nnodes rdzv_backend rdzv_endpoint rdzv_id max-restarts shutdown-timeout
+                numa-binding nodes ntasks-per-node gpus-per-node time requeue open-mode signal
+                extra-index-url""".split())
+GONE = {("LOG.md", "cost.py"), ("LOG.md", "experiments/cost.py"), ("LOG.md", "fall.py")}
+
+# A file, the line after which lines are added, and the lines.
+EDITS = [
+    ("objective.py", '    ("trigflow",', [
+        '    ("cosine-v",           sin,        cos,        cos,           minus_sin,'
+        '     one_minus, -1.0),']),
+    ("data.py", "        data = open_npz(path, seed)", [
+        '    elif kind == "greys":',
+        "        grey = np.random.default_rng(0).integers(0, 256, 600).astype(np.uint8)",
+        "        x = np.broadcast_to(grey[:, None, None, None], (600, 16, 16, 3))",
+        '        data = from_arrays(x, grey // 86, ["dark", "middle", "light"], seed)']),
+    ("model.py", '         "XS": ', [
+        '         "M":   dict(depth=8, hidden_size=256, num_heads=8),'])]
 
 
-def diffs():
-    return re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+def blocks(text, language, mark=""):
+    """The fenced blocks of a language, below the line `mark` if one is given."""
+    return re.findall(rf"{mark}\n```{language}\n(.*?)```", text, re.S)
 
 
-def apply_diff(diff, root):
-    """The lines with + after the lines without: the context must be there exactly once."""
-    name = re.search(r"\+\+\+ b/(\S+)", diff)[1]
-    lines = diff.split("@@\n", 1)[1].splitlines()
-    assert len(lines) <= 10
-    before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
-    after = "\n".join(line[1:] for line in lines)
-    text = (root / name).read_text()
-    assert text.count(before) == 1, name
-    (root / name).write_text(text.replace(before, after))
+# ---- commands -----------------------------------------------------------------------------------------
+
+def flags_of(path):
+    """The flags of a script, by the fields of its dataclasses that are made by config.setting."""
+    def is_flag(node):
+        made = node.value if isinstance(node, ast.AnnAssign) else None
+        return isinstance(made, ast.Call) and getattr(made.func, "id", "") == "setting"
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if is_flag(node)]
+    on_off = [node.target.id for node in nodes if "bool" in ast.unparse(node.annotation)]
+    return {node.target.id for node in nodes} | {f"no-{name}" for name in on_off}
 
 
-@pytest.mark.parametrize("number, flags", [(0, "--transport cosine-v --model TiT-XXS/4"), (1, "--data greys --model TiT-XXS/8"), (2, "--model TiT-M/8")])
-def test_a_diff_of_ten_lines_is_enough(tmp_path, number, flags):
-    """Each change touches one file, and train.py and sample.py run with it."""
-    root = tmp_path / "fork"
-    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "tests", "__pycache__", ".*_cache"))
-    apply_diff(diffs()[number], root)
-    data_output = ["--data_output", "no"] if number == 0 else []
-    train = [sys.executable, "train.py", *flags.split(), *data_output, "--steps", "2", "--compile", "no", "--device", "cpu", "--batch_size", "16", "--sample_steps", "2",
-             "--held_out", "8"]
-    for command in (train, [sys.executable, "sample.py", "--steps", "2", "--num", "4", "--device", "cpu"]):
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-1500:]
+def named_flags(text):
+    return re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)
 
 
 def commands():
-    """Every line of the shell blocks of README.md that calls one of our scripts, continued lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if re.search(r"\b(train|sample|fid|latents|bench|data)\.py", line) and "srun" not in line]
+    """(document, words of the launcher, script, words of the script) of every command in the documents."""
+    found = []
+    for path, text in DOCUMENTS.items():
+        text = text.replace("\\\n", " ")
+        lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+        lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+        for line in lines:
+            match = re.search(r"\b(python|torchrun)\b([^#&]*?) ([\w/]+\.py)\b([^#&]*)", line)
+            if match:
+                words = [re.sub("^[A-Z]+$", "1", word) for word in shlex.split(match[4])]
+                found.append((path.name, match[2], match[3], words))
+    return found
 
 
-def test_every_flag_and_recipe_in_the_readme_exists():
-    """Scripts exist, flags are flags of theirs, recipes are recipes."""
-    import bench
-    import fid
-    import latents
-    import sample
-    from config import RECIPES, Config, read_config
-    from train import split_batch
-    fields = {"train": Config, "sample": sample.Options, "fid": fid.Options, "latents": latents.Options, "bench": bench.Options}
-    assert len(commands()) > 15
-    for line in commands():
-        script, rest = re.search(r"(\w+)\.py(.*)", line).groups()
-        known = set(fields[script].__dataclass_fields__) | {"h"}
-        for flag in re.findall(r"(?<=\s)--?(\w+)", rest):
-            assert flag in known, line
-        if "torchrun" in line and script == "train":
-            config, processes = read_config(rest.split(), ""), [int(n) for n in re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", line)]
-            split_batch(config, math.prod(processes))
-        for recipe in re.findall(r"--recipe (\S+)|fetch (\S+)", rest):
-            assert (recipe[0] or recipe[1]) in RECIPES, line
+def test_every_flag_exists():
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")]
+    known = OTHERS.union(*map(flags_of, scripts))
+    named = {(path.name, flag) for path, text in DOCUMENTS.items() for flag in named_flags(text)}
+    assert len(named) > 80
+    assert [pair for pair in sorted(named) if pair[1] not in known] == []
 
 
-SHORT = {"train.py": "--steps 2 --batch_size 32 --held_out 16 --sample_steps 2 --compile no --device cpu", "sample.py": "--num 4 --device cpu",
-         "fid.py": "--num 40 --device cpu", "bench.py": "--seconds 0.01 --batches 16 --compiles no --modes sample"}
+def parse(script, words):
+    """What a script makes of its words, or a ValueError."""
+    words = [word for word in words if word != "-h"]
+    if script == "train.py":
+        return read_config(words, "")
+    if script == "latents.py" and words[0] == "fetch":
+        return recipe_row(words[1])
+    if script == "latents.py":
+        assert words.pop(0) == "encode"
+    kinds = {"sample.py": sample.Options, "fid.py": fid.Options, "latents.py": latents.Options}
+    return kinds[script](**read_flags(kinds[script], words, "")) if script in kinds else words
+
+
+def test_every_command_parses():
+    """By the scripts' own readers, which refuse unknown flags, recipes, values. Batches can be dealt."""
+    assert len(commands()) > 40
+    for document, launcher, script, words in commands():
+        assert (ROOT / script).is_file(), f"{document}: {script}"
+        if "/" in script:
+            unknown = set(named_flags(" ".join(words))) - flags_of(ROOT / script)
+            assert not unknown, f"{document}: {script} {unknown}"
+            continue
+        try:
+            options = parse(script, words)
+            processes = [int(n) for n in re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", launcher)]
+            if script == "train.py" and processes:
+                split_batch(options, math.prod(processes))
+        except ValueError as error:
+            raise AssertionError(f"{document}: {script} {words}: {error}") from error
+
+
+def test_every_recipe_exists():
+    named = [name for text in DOCUMENTS.values() for name in re.findall(r"(?:--recipe|fetch) ([\w-]+)", text)]
+    assert len(named) > 12
+    assert [name for name in named if name not in RECIPES and not name.isupper()] == []
+
+
+def test_every_setting_called_a_famous_method_trains_and_samples():
+    """Each row of the table, applied to a small network: its loss and its images are finite numbers."""
+    table = README.split("| train.py | sample.py | is |\n")[1].split("\n\n")[0].splitlines()[1:]
+    assert len(table) > 5
+    x, z, t, y, drop = batch()
+    for row in table:
+        train_flags, sample_flags = (shlex.split(" ".join(re.findall(r"`([^`]*)`", cell)))
+                                     for cell in row.split("|")[1:3])
+        config = read_config(["--zeta", "0", "--style", "none", "--no-x_pred", *train_flags], "")
+        teacher = Net(1) if config.zeta else None
+        assert config.objective()(Net(), x, y, t, z, drop, teacher).isfinite().all(), row
+        given = sample.Options(**read_flags(sample.Options, sample_flags, "")).given()
+        assert sampler.sample(Net(), z, y, **config.sampler(**given)).isfinite().all(), row
+
+
+# ---- files --------------------------------------------------------------------------------------------
+
+def test_every_link_leads_somewhere():
+    links = [(path, link) for path, text in DOCUMENTS.items()
+             for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", text)]
+    assert len(links) > 20
+    assert [f"{path.name}: {link}" for path, link in links if not (path.parent / link).exists()] == []
+
+
+def test_every_script_that_is_named_exists():
+    places = [ROOT, ROOT / "experiments", ROOT / "tests", ROOT / "tests/slow"]
+    named = {(path.name, name) for path, text in DOCUMENTS.items()
+             for name in re.findall(r"(?<![\w/])(?!a/|b/)[\w/.-]*\w\.(?:py|sh|ipynb)\b", text)} - GONE
+    assert len(named) > 30
+    assert [pair for pair in sorted(named) if not any((place / pair[1]).is_file() for place in places)] == []
+
+
+def test_every_asset_that_is_described_exists():
+    named = re.findall(r"^\| `([^`]+)` \|", DOCUMENTS[ROOT / "assets/README.md"], re.M)
+    assert len(named) > 5
+    assert [name for name in named if not (ROOT / "assets" / name).is_file()] == []
+
+
+# ---- the listings -------------------------------------------------------------------------------------
+
+def words_of(transport):
+    """What the listings take for granted. There t is (B, 1, 1, 1), or a number."""
+    row = TRANSPORTS[transport]
+    return {"alpha": row.alpha, "gamma": row.gamma, "alpha_hat": row.alpha_hat, "gamma_hat": row.gamma_hat,
+            "d": row.determinant, "solve": row.solve, "stopgrad": torch.Tensor.detach, "pi": math.pi,
+            "predict": lambda net, x, t, y: predict(net, row, x, t, y),
+            "mean": lambda v: v.mean((1, 2, 3)), "sqrt": lambda v: v**0.5, "sin": torch.sin}
+
+
+@pytest.mark.parametrize("transport", ["linear", "trigflow", "edm"])
+@pytest.mark.parametrize("lam", [0.0, 0.6])
+def test_the_loss_in_the_readme_is_the_loss(transport, lam):
+    """And so is its gradient. The guided prediction is a teacher's, the reference the target itself."""
+    net, teacher, (x, z, t, y, _) = Net(), Net(1), batch()
+    alpha, gamma, alpha_hat, gamma_hat = TRANSPORTS[transport].at(t, x)
+    guided, reference = teacher(alpha * z + gamma * x, t, y).detach(), alpha_hat * z + gamma_hat * x
+    names = {**words_of(transport), "net": net, "x": x, "z": z, "t": t[:, None, None, None], "y": y,
+             "lam": lam, "zeta": 0.7, "c": 0.1, "guided": guided, "reference": reference}
+    exec(blocks(README, "python", "<!-- the loss -->")[0], names)
+    objective = Objective(transport, lam=lam, zeta=0.7, style="fc-vs-xz", huber=0.1, time_weight="none",
+                          enhance_range=(0.0, 1.0))
+    loss = objective(net, x, y, t, z, torch.zeros(len(x), dtype=torch.bool), teacher)
+    assert_close(names["loss"], loss, rtol=1e-9, atol=0)
+    gradients = [torch.autograd.grad(v.sum(), list(net.parameters())) for v in (names["loss"], loss)]
+    assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kappa, rho", [(0.4, 0.0), ("auto", 0.0), (0.3, 0.2)])
+def test_the_sampler_in_the_readme_is_the_sampler(kappa, rho):
+    net, (_, z, _, y, _), noise, steps = Net(), batch(), batch(seed=2)[1], 6
+    times = sampler.time_grid(steps)
+    names = {**words_of("trigflow"), "net": net, "z": z, "y": y, "t": torch.tensor(times, dtype=z.dtype),
+             "steps": steps, "rho": rho, "randn": lambda: noise,
+             "kappa": lambda i: sampler.kappa_at(kappa, times, i)}
+    lines = blocks(README, "python", "<!-- the sampler -->")[0].splitlines()
+    exec("def run(x_before=0, z_before=0):\n" + "".join(f"    {line}\n" for line in lines), names)
+    expected = sampler.sample(net, z, y, "trigflow", steps, kappa, rho, noise=lambda i: noise)
+    assert_close(names["run"](), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_network_in_contributing_trains_and_samples(tmp_path, monkeypatch, capsys):
+    source = blocks(CONTRIBUTING, "python", "<!-- a network -->")[0]
+    names = {**vars(model), "MODELS": {}}
+    exec(source, names)
+    monkeypatch.setitem(model.MODELS, "Tiny", names["MODELS"]["Tiny"])
+    out, page = tmp_path / "tiny", tmp_path / "two.png"
+    train = [*SMALL, "--model", "Tiny", "--no-x_pred", "--sample_steps", 2, "--out", out]
+    draw = ["--ckpt", out, "--num", 2, "--out", page]
+    for script, flags in (("train.py", train), ("sample.py", draw)):
+        status, _, err = run(script, *flags, "--device", "cpu", capsys=capsys)
+        assert status == 0, err
+    assert page.is_file()
+    assert log.flops_per_image(names["Tiny"](3, 8, 8)) > 0
+
+
+# ---- the diffs ----------------------------------------------------------------------------------------
+
+def edited(text, anchor, lines):
+    """The text with lines added after the one line that starts with `anchor`."""
+    old = text.splitlines(keepends=True)
+    places = [k for k, line in enumerate(old) if line.startswith(anchor)]
+    assert len(places) == 1, f"{len(places)} lines start with {anchor!r}"
+    return "".join([*old[:places[0] + 1], *(f"{line}\n" for line in lines), *old[places[0] + 1:]])
+
+
+def diff_of(name, anchor, lines):
+    before = (ROOT / name).read_text()
+    pair = (v.splitlines(keepends=True) for v in (before, edited(before, anchor, lines)))
+    return "".join(difflib.unified_diff(*pair, f"a/{name}", f"b/{name}", n=2))
+
+
+def without_places(diff):
+    """A diff moves with the lines above it: git and patch look for its context near its place."""
+    return re.sub(r"@@ -\d+,(\d+) \+\d+,(\d+) @@", r"@@ \1 \2 @@", diff)
+
+
+@pytest.mark.parametrize("k", range(len(EDITS)), ids=[name for name, *_ in EDITS])
+@pytest.mark.parametrize("command", ["git apply", "patch -p1 -s"])
+def test_a_diff_applies(tmp_path, k, command):
+    edit, diff = EDITS[k], blocks(CONTRIBUTING, "diff")[k]
+    name = edit[0]
+    assert without_places(diff) == without_places(diff_of(*edit)), "see the first lines of this file"
+    if not shutil.which(command.split()[0]):
+        pytest.skip(f"no {command.split()[0]}")
+    shutil.copy(ROOT / name, tmp_path)
+    subprocess.run(command.split(), input=diff, text=True, cwd=tmp_path, check=True)
+    assert (tmp_path / name).read_text() == edited((ROOT / name).read_text(), *edit[1:])
+
+
+def clone(root):
+    """A copy of the repository, and how to run a command in it."""
+    leave_out = (".git", ".venv", "runs", "tests", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(*leave_out))
+
+    def call(command):
+        done = subprocess.run(command, shell=True, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stderr[-1500:]}"
+    return call
+
+
+SHORT = {"train.py": "--steps 2 --batch_size 32 --sample_steps 2 --no-compile --device cpu",
+         "sample.py": "--num 4 --device cpu", "fid.py": "--num 40 --device cpu"}
+
+
+@pytest.mark.slow
+def test_the_diffs_train_and_sample(tmp_path):
+    """All three in one copy, by git apply."""
+    call = clone(tmp_path / "fork")
+    for k, diff in enumerate(blocks(CONTRIBUTING, "diff")):
+        (tmp_path / f"{k}.diff").write_text(diff)
+        call(f"git apply {tmp_path}/{k}.diff")
+    for flags in ("--transport cosine-v --no-x_pred", "--data greys --model TiT-XXS/8", "--model TiT-M/8"):
+        call(f"{sys.executable} train.py {SHORT['train.py']} {flags} --fresh")
+        call(f"{sys.executable} sample.py {SHORT['sample.py']} --steps 2")
 
 
 @pytest.mark.slow
 def test_the_commands_marked_as_runnable_run(tmp_path):
-    """The blocks below <!-- runs --> in the documents, line by line in one fresh copy, shortened by the flags of SHORT."""
-    root = tmp_path / "clone"
-    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
-    blocks = [block for name in ("README.md", "CONTRIBUTING.md", "WALKTHROUGH.md")
-              for block in re.findall(r"<!-- runs -->\n```bash\n(.*?)```", (ROOT / name).read_text(), re.S)]
-    lines = [line.split("#")[0].strip() for line in "".join(blocks).splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("pip ", "python3 -m venv", "python -m pytest", "ruff"))]
-    assert len(lines) >= 8
+    """The blocks of README.md below <!-- runs -->, in one copy, shortened, on two processes for eight."""
+    call = clone(tmp_path / "clone")
+    marked = blocks(README, "bash", "<!-- runs -->")
+    lines = [line.split("#")[0].strip() for block in marked for line in block.splitlines()]
+    assert len(lines) > 4
     for line in lines:
-        script = re.search(r"(\w+\.py)", line)[1]
-        assert script in SHORT or script in ("data.py", "plot.py")
-        command = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone").replace("--nproc_per_node=8", "--nproc_per_node=2")
-        command = re.sub(r"^python ", f"{sys.executable} ", command)
-        done = subprocess.run(f"{command} {SHORT.get(script, '')}", shell=True, cwd=root, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}: {done.stderr[-1500:]}"
+        script = re.search(r"\w+\.py", line)[0]
+        line = line.replace("torchrun", "python -m torch.distributed.run --standalone")
+        line = line.replace("--nproc_per_node=8", "--nproc_per_node=2")
+        call(f"{sys.executable} {line.removeprefix('python ')} {SHORT[script]}")
 
 
-def test_the_walkthrough_is_true(monkeypatch):
-    """Every line of WALKTHROUGH.md that starts with >>> gives what stands below it."""
-    monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "WALKTHROUGH.md").read_text(), re.S)
-    examples = doctest.DocTestParser().get_doctest("".join(blocks), {}, "WALKTHROUGH.md", None, 0)
-    assert len(examples.examples) > 25
-    assert doctest.DocTestRunner().run(examples).failed == 0
-
-
-def test_the_files_that_documents_name_are_there():
-    for document in ("README.md", "RESULTS.md", "CONTRIBUTING.md", "WALKTHROUGH.md", "assets/README.md", "experiments/LOG.md"):
-        text = (ROOT / document).read_text()
-        for name in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
-            assert (ROOT / document).parent.joinpath(name).exists(), f"{document}: {name}"
-    for name in re.findall(r"^\| `(\w+\.py)`", (ROOT / "README.md").read_text(), re.M):
-        assert (ROOT / name).is_file()
-    counts = dict(re.findall(r"`(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text()))
-    assert counts.keys() == {p.name for p in ROOT.glob("*.py")}
-    assert all(abs(len((ROOT / name).read_text().splitlines()) - int(count)) <= 10 for name, count in counts.items())
+if __name__ == "__main__":
+    new = iter(f"```diff\n{diff_of(*edit)}```" for edit in EDITS)
+    text = re.sub("```diff\n.*?```", lambda old: next(new), CONTRIBUTING, flags=re.S)
+    (ROOT / "CONTRIBUTING.md").write_text(text)

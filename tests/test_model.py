@@ -1,4 +1,4 @@
-"""Shapes, initialisation and switches of the network; test_golden.py compares its outputs with published ones."""
+"""Shapes, initialisation and switches of the network; its outputs are compared in test_golden.py."""
 import pytest
 import torch
 from torch.testing import assert_close
@@ -41,12 +41,19 @@ def test_x_pred_is_the_velocity_of_the_data_that_the_layers_estimate():
     assert_close(net(x_t, t, y), expected)
 
 
-@pytest.mark.parametrize("name, millions", [("DiT-S/2", 33), ("DiT-B/4", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675),
-                                            ("SiT-XL/2", 675)])
+@pytest.mark.parametrize("name, millions", [("DiT-S/2", 33), ("DiT-B/4", 130), ("DiT-L/2", 458),
+                                            ("DiT-XL/2", 675), ("SiT-XL/2", 675)])
 def test_published_sizes(name, millions):
     with torch.device("meta"):
         net = MODELS[name](input_size=32, in_channels=4, num_classes=1000)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) in (millions, millions + 1)
+
+
+def test_the_size_of_the_published_files():
+    with torch.device("meta"):
+        net = MODELS["TiT-XL/1"](input_size=16, in_channels=32, num_classes=1000)
+    assert sum(p.numel() for p in net.parameters()) == 675_191_072
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 674_896_160
 
 
 def test_patch_must_divide_the_image():

@@ -1,101 +1,146 @@
-"""The peers under experiments/ are what they are called, and their commands run."""
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+"""Libraries of requirements-dev.txt that compute the same, and the peers under experiments/."""
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from toys import Net, batch, calls_of, images_of
 
 from data import Shapes
 from experiments.peers import MeanFlow, dpm_solver_2m, heun, meanflow_loss, sample_meanflow
 from experiments.pose import draws
+from features import Inception, resize_matrix
+from fid import precision_recall
 from model import DiT
 from sampler import sample, time_grid
 
-ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = "assets/shapes-few.safetensors"
+DOUBLE = torch.float64
+
+
+# ---- samplers -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("spacing, gap", [("leading", lambda n: (1 / n - 0.001, 0.001)),
+                                          ("trailing", lambda n: (0.0, 0.0))])
+@pytest.mark.parametrize("n", [10, 50])
+def test_ddpm_order_1_is_ddim(spacing, gap, n):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+                                        clip_sample=False, set_alpha_to_one=True, timestep_spacing=spacing)
+    scheduler.alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=DOUBLE), 0)
+    scheduler.set_timesteps(n)
+    _, z, _, y, _ = batch(5)
+    x, net = z, Net().requires_grad_(False)
+    calls = calls_of(net)
+    for k in scheduler.timesteps:
+        x = scheduler.step(net(x, torch.full((5,), float(k), dtype=DOUBLE), y), k, x).prev_sample
+    ours = sample(net, z, y, "ddpm", steps=n, gap=gap(n))
+    assert_close(ours, x, rtol=1e-6, atol=1e-6 * x.abs().max().item())
+    told = [t[0].item() for _, t, _ in calls]
+    assert len(told) == 2 * n
+    assert_close(told[n:], told[:n], rtol=0, atol=1e-9)
+
+
+def test_linear_order_1_is_flow_matching_euler():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler, n = diffusers.FlowMatchEulerDiscreteScheduler(), 8
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.001, n))
+    _, z, _, y, _ = batch(5, dtype=torch.float32)
+    x, net = z, Net().float().requires_grad_(False)
+    for k, t in zip(scheduler.timesteps, scheduler.sigmas):
+        x = scheduler.step(net(x, t.expand(5), y), k, x).prev_sample
+    assert_close(sample(net, z, y, steps=n, gap=(0.0, 0.001)), x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [5, 20])
 def test_dpm_solver_is_diffusers(steps):
     diffusers = pytest.importorskip("diffusers")
-    net = lambda x, t, y: torch.tanh(0.7 * x) + t.view(-1, 1, 1, 1)
-    z, y, times = torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.zeros(2).long(), time_grid(steps)
-    scheduler = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", algorithm_type="dpmsolver++", solver_order=2,
-                                                      lower_order_final=False, final_sigmas_type="zero")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", algorithm_type="dpmsolver++", solver_order=2,
+        lower_order_final=False, final_sigmas_type="zero")
     scheduler.set_timesteps(steps)
-    scheduler.sigmas, scheduler.timesteps, x = torch.tensor(times, dtype=torch.float64), torch.tensor(times[:-1]) * 1000, z.clone()
+    times = torch.tensor(time_grid(steps), dtype=DOUBLE)
+    scheduler.sigmas, scheduler.timesteps = times, times[:-1] * 1000
+    _, z, _, y, _ = batch(5)
+    x, net = z, Net().requires_grad_(False)
     for t in times[:-1]:
-        x = scheduler.step(net(x, torch.full((2,), t, dtype=torch.float64), y), torch.tensor(t) * 1000, x).prev_sample
-    assert_close(dpm_solver_2m(net, z, y, "linear", times), x, rtol=1e-5, atol=1e-5)
+        x = scheduler.step(net(x, t.expand(5), y), t * 1000, x).prev_sample
+    assert_close(dpm_solver_2m(net, z, y, "linear", times.tolist()), x, rtol=1e-5, atol=1e-5)
 
 
 def test_heun_is_of_second_order():
-    """dx/dt = x - 2 t from 1 to 0 has the solution 2 t + 2 + c e^t; half the step is a quarter of the error."""
-    z, y = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1).long()
-    end, errors = 2 + (1 - 4) / torch.e, []
+    """dx/dt = x - 2 t has the solution 2 t + 2 + c e^t; half the step is a quarter of the error."""
+    z, y, errors = torch.ones(1, 1, 1, 1, dtype=DOUBLE), torch.zeros(1).long(), []
+    net = lambda x, t, y: x - 2 * t.view(-1, 1, 1, 1)
     for steps in (20, 40):
-        x = heun(lambda x, t, y: x - 2 * t.view(-1, 1, 1, 1), z, y, torch.linspace(1, 0, steps + 1).double().tolist()[:-1] + [1e-9, 0.0])
-        errors.append(abs(x.item() - end))
+        times = [*torch.linspace(1, 0, steps + 1, dtype=DOUBLE).tolist()[:-1], 1e-9, 0.0]
+        errors.append(abs(heun(net, z, y, times).item() - (2 + (1 - 4) / torch.e)))
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
 
 
-@pytest.mark.parametrize("data_output", [False, True])
-def test_meanflow_starts_as_the_velocity_and_knows_straight_paths(data_output):
-    """Untrained it is the network whatever r is, and sampling is Euler's method. Where the velocity is constant along the path,
-    the mean velocity is the velocity: the target is v."""
-    torch.manual_seed(0)
-    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3, norm="rms", rope=True, data_output=data_output)
+@pytest.mark.parametrize("x_pred", [False, True])
+def test_meanflow_starts_as_the_velocity_and_knows_straight_paths(x_pred):
+    """Untrained it is the network whatever r is, and sampling is Euler's method. Where the velocity is
+    constant along the path, the mean velocity is the velocity: the target is v."""
+    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3,
+              norm="rms", rope=True, x_pred=x_pred)
     for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.2) if p.requires_grad else None
-    flow = MeanFlow(net)
-    x, y, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]), torch.rand(4)
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    flow, x, y, t = MeanFlow(net), torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]), torch.rand(4)
     with torch.no_grad():
         assert_close(flow(x, t / 2, t, y), net(x, t, y))
-        assert_close(sample_meanflow(flow, x, y, torch.linspace(1, 0, 5)), sample(net, x, y, times=[1.0, 0.75, 0.5, 0.25], gap=(0, 0)), rtol=1e-4, atol=1e-4)
-    constant = lambda x_t, *rest: torch.full_like(x_t, 2.0)
-    loss = meanflow_loss(lambda x_t, r, t, y: torch.full_like(x_t, 5.0), constant, x, y, t, t / 2, torch.randn_like(x))
+        euler = sample(net, x, y, times=[1.0, 0.75, 0.5, 0.25])
+        assert_close(sample_meanflow(flow, x, y, torch.linspace(1, 0, 5)), euler, rtol=1e-4, atol=1e-4)
+    constant = lambda value: lambda x_t, *rest: torch.full_like(x_t, value)
+    loss = meanflow_loss(constant(5.0), constant(2.0), x, y, t, t / 2, torch.randn_like(x))
     assert_close(loss, torch.full((4,), 9 / 9.001))
 
 
+# ---- scores -------------------------------------------------------------------------------------------
+
+STEM = ("Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 MaxPool_1 Conv2d_3b_1x1 Conv2d_4a_3x3 MaxPool_2 Mixed_5b "
+        "Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c").split()
+
+
+@pytest.mark.parametrize("size", [32, 300])
+def test_the_features_are_those_of_torch_fidelity(weights, size):
+    """Feature by feature; the spatial ones by a walk through the peer's modules."""
+    peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    peer = peer("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))
+    x = torch.from_numpy(images_of(size, 3, 2)).permute(0, 3, 1, 2)
+    out, (pool, scores) = Inception(str(weights))(x), peer(x)
+    assert_close(out["pool"], pool, rtol=1e-4, atol=1e-5)
+    assert_close(out["scores"], scores, rtol=1e-4, atol=1e-4)
+    resize = resize_matrix(size, "torch-fidelity")
+    walk = (resize @ x.float() @ resize.T - 128) / 128
+    for name in STEM:
+        walk = getattr(peer, name)(walk)
+    spatial = peer.Mixed_6d.branch1x1(walk)[:, :7].permute(0, 2, 3, 1).flatten(1)       # (B, 17 * 17 * 7)
+    assert_close(out["spatial"], spatial, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n, m, k", [(200, 200, 3), (150, 90, 5)])
+def test_precision_and_recall_are_torch_fidelity_s(n, m, k):
+    metric = pytest.importorskip("torch_fidelity.metric_prc").prc_features_to_metric
+    a, b = torch.randn(n, 12), 1.2 * torch.randn(m, 12)
+    peer = metric(a, b, prc_neighborhood=k, prc_batch_size=64, save_cpu_ram=False, verbose=False)
+    assert precision_recall(a, b, k) == pytest.approx((peer["precision"], peer["recall"]), rel=1e-5)
+
+
+# ---- the numbers of a drawing -------------------------------------------------------------------------
+
 def test_the_numbers_of_a_drawing_are_those_it_was_drawn_from():
-    """pose.draws hands out the pictures of data.Shapes with classes in turn; narrowing a number narrows that one alone, and afterwards all is as before."""
-    positions = np.arange(64)
+    """The images are those of data.Shapes with classes in turn; narrowing a number narrows that one alone,
+    and afterwards all is as before."""
+    positions, stream = np.arange(64), Shapes(32, 3)
     x, y, u = draws(3, positions)
     assert y.tolist() == [k % 8 for k in range(64)]
-    stream = Shapes(32, 3)
-    same_class = (stream[positions][1] == y).nonzero()[:, 0]
-    assert len(same_class) > 0 and torch.equal(stream[positions][0][same_class], x[same_class])
-    still, _, _ = draws(3, positions, [(column, lambda u: 0 * u + 0.5) for column in (1, 2)])
-    column = torch.arange(32) + 0.5
-    ink = lambda x: (x - x[..., :1, :1]).abs().sum(1)                                               # what is not paper, (B, S, S)
-    centre = lambda x: (ink(x).sum(1) @ column) / ink(x).sum((1, 2)) - 16
-    circles = y == 0
+    still, _, _ = draws(3, positions, [(number, lambda u: 0 * u + 0.5) for number in (1, 2)])
+    plain, y_plain = stream[positions]
+    same_class = (y_plain == y).nonzero()[:, 0]
+    assert len(same_class) > 0
+    assert_close(plain[same_class], x[same_class], rtol=0, atol=0)
+    place, circles = torch.arange(32) + 0.5, y == 0
+    ink = lambda x: (x - x[..., :1, :1]).abs().sum(1)                   # what is not paper, (B, S, S)
+    centre = lambda x: (ink(x).sum(1) @ place) / ink(x).sum((1, 2)) - 16
     assert centre(still)[circles].abs().max() < 0.05
-    assert torch.allclose(centre(x)[circles], 0.12 * 32 * u[circles, 0], atol=0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command, lines", [
-    (f"peers.py curves --ckpt {SHIPPED} --num 64 --nfe 4 --kappas 0,auto --out OUT", ["Euler", "UCGM-S kappa auto", "Heun", "DPM-Solver++(2M)"]),
-    (f"peers.py meanflow --ckpt {SHIPPED} --num 64 --seconds 0.1 --out OUT", ["MeanFlow"] * 3 + [f"MeanFlow, second call at {t}" for t in (0.3, 0.4, 0.7)]),
-    ("pose.py --price yes --num 64", []),
-    (f"pose.py --ckpt {SHIPPED} --num 64 --train_steps 2 --steps 4", []),
-    (f"fall.py --recipe shapes-few --init_from {SHIPPED} --look 2", []),
-    (f"grids.py --few {SHIPPED} --many {SHIPPED} --columns 2 --rows 1 --out OUT.png", []),
-    ("overlap.py", []),
-    ("report.py experiments/results/few.jsonl", []),
-])
-def test_the_experiments_run(command, lines, tmp_path):
-    """Each at a size that shows only that it still fits the code; a score that is written down has the method's name and is finite."""
-    out = tmp_path / "out"
-    run = subprocess.run([sys.executable, *f"experiments/{command}".replace("OUT", str(out)).split()], cwd=ROOT, capture_output=True, text=True,
-                         env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})                            # compiling would take most of the time
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.strip()
-    written = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    assert [line["method"] for line in written] == lines and all(np.isfinite(line["FD-shapes"]) for line in written)
+    assert_close(centre(x)[circles], 0.12 * 32 * u[circles, 0], rtol=0, atol=0.05)

@@ -3,15 +3,19 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+
+from data import Shapes, to_uint8
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 # Flags of two fast runs. TINY has four tokens: with one token the exact gradient of q and k is zero, and Adam
 # magnifies its rounding errors.
-TINY = ("--image_size 8 --model TiT-XXS/4 --batch_size 64 --no-compile --dtype float32 --device cpu --log_every 5 "
-        "--warmup 5 --warmdown 0 --save_every 10").split()
+TINY = ("--image_size 8 --model TiT-XXS/4 --batch_size 64 --no-compile --dtype float32 --device cpu "
+        "--log_every 5 --warmup 5 --warmdown 0 --save_every 10").split()
 SMALL = ("--image_size 8 --model TiT-XXS/8 --batch_size 16 --steps 3 --save_every 2 --log_every 1 "
          "--no-compile").split()
 
@@ -66,3 +70,19 @@ def run(script, *words, capsys):
 def states(out):
     """The state files of a run, the newest last."""
     return sorted(Path(out).glob("state_*.safetensors"))
+
+
+def images_of(size, seed, count=200):
+    """uint8 (N, S, S, 3), half of them shapes, half smoothed noise: structure at all scales."""
+    shapes = Shapes(size, seed)[np.arange(count // 2)][0]
+    noise = torch.rand(count - count // 2, 3, 9, 9, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    noise = torch.nn.functional.interpolate(noise, size, mode="bicubic")
+    return to_uint8(torch.cat([shapes, noise])).permute(0, 2, 3, 1).numpy()
+
+
+def write_folder(path, images):
+    """Images (N, S, S, 3) as files; returns what --images and --ref call them."""
+    path.mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{k:04d}.png")
+    return f"folder:{path}"

@@ -1,0 +1,78 @@
+"""The commands of experiments/ run, each at a size that shows that it fits the code."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from toys import ROOT
+
+MODEL = "assets/shapes-few.safetensors"
+SCRIPTS = sorted(path.name for path in (ROOT / "experiments").glob("*.py"))
+pytestmark = pytest.mark.slow
+
+
+def run(command, **environment):
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_how_a_script_is_called_and_its_flags(script):
+    usage, flags = run(f"experiments/{script} -h").split("options:")
+    assert f"python experiments/{script}" in usage and "  --" in flags
+
+
+@pytest.mark.parametrize("command, methods", [
+    (f"peers.py curves --ckpt {MODEL} --num 64 --nfe 4 --kappas 0,auto --out OUT",
+     ["Euler", "UCGM-S kappa auto", "Heun", "DPM-Solver++(2M)"]),
+    (f"peers.py meanflow --ckpt {MODEL} --num 64 --seconds 0.1 --out OUT",
+     ["MeanFlow"] * 3 + [f"MeanFlow, second call at {t}" for t in (0.3, 0.4, 0.7)]),
+], ids=["curves", "meanflow"])
+def test_peers_write_a_finite_score_for_each_method(command, methods, tmp_path):
+    out = tmp_path / "scores.jsonl"
+    run(f"experiments/{command}".replace("OUT", str(out)), TORCHDYNAMO_DISABLE="1")     # compiling takes long
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["method"] for line in lines] == methods
+    assert all(math.isfinite(line["FD-shapes"]) for line in lines)
+
+
+@pytest.mark.parametrize("command, rows", [
+    ("pose.py --price --num 64", 7),
+    (f"pose.py --ckpt {MODEL} --num 64 --train_steps 2 --steps 4 --starts 0.5", 3),
+    ("overlap.py", 8),
+    ("bench.py --compiles no --batches 16 --seconds 0.01 --modes sample", 10),
+], ids=["price", "pose", "overlap", "bench"])
+def test_a_table_has_its_rows(command, rows):
+    assert len(run(f"experiments/{command}").strip().splitlines()) == rows
+
+
+def test_report_makes_the_cells_of_results_md():
+    """Two and four calls after 15,000 steps, mean and range over three seeds."""
+    table = run("experiments/report.py experiments/results/few.jsonl").splitlines()
+    cells = [cell.strip() for cell in table[-1].strip("|").split("|")]
+    row, = (line for line in (ROOT / "RESULTS.md").read_text().replace("*", "").splitlines()
+            if line.startswith("| 15,000 steps | 2.84"))
+    assert cells[0] == "few" and [cell.strip() for cell in row.split("|")][4:6] == cells[1:]
+
+
+@pytest.mark.parametrize("command", [
+    f"grids.py --few {MODEL} --many {MODEL} --columns 2 --rows 1 --out OUT/page.png",
+    "plot.py --train_steps 2 --out OUT/page.png",
+    "report.py experiments/results/curves-0.jsonl --out OUT",
+], ids=["grids", "plot", "report"])
+def test_a_figure_is_drawn(command, tmp_path):
+    if "grids" not in command:
+        pytest.importorskip("matplotlib")
+    run(f"experiments/{command}".replace("OUT", str(tmp_path)))
+    page, = tmp_path.glob("*.png")
+    assert page.stat().st_size > 1000
+
+
+def test_overlap_measures_on_two_processes():
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
+    shown = run(f"{torchrun} experiments/overlap.py --model TiT-XXS/4", OMP_NUM_THREADS="1")
+    assert "of it while the backward pass computes" in shown

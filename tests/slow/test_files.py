@@ -1,0 +1,174 @@
+"""Files that many processes, kills and the hub have a part in: latents, arrays of images, pushed models."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from standins import Hub, hub, make_images, small_dc, small_kl
+from toys import ROOT
+
+from checkpoint import load_model
+from config import Config
+from latents import open_latents
+
+pytestmark = pytest.mark.slow
+TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+
+
+def start(*words, processes=1):
+    """A script in a process, and a group of processes, of its own."""
+    launch = [sys.executable, *(TORCHRUN_2 if processes == 2 else [])]
+    return subprocess.Popen([*launch, *map(str, words)], cwd=ROOT, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finish(process):
+    """Its output, when it has ended well."""
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out[-2000:]
+    return out
+
+
+def kill_when(condition, process):
+    while process.poll() is None and not condition():
+        time.sleep(0.01)
+    assert process.poll() is None, "the run ended before it was killed"
+    os.killpg(process.pid, 9)
+    process.communicate()
+
+
+# ---- latents ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def vaes(tmp_path_factory):
+    pytest.importorskip("diffusers")
+    root = tmp_path_factory.mktemp("vaes")
+    small_kl().save_pretrained(root / "kl")
+    small_dc().save_pretrained(root / "dc")
+    return {"sd-ema": f"sd-ema={root / 'kl'}", "dc-ae": f"dc-ae={root / 'dc'}"}
+
+
+def encode(root, vae, out, processes=1):
+    return start("latents.py", "encode", "--data", f"folder:{root}", "--vae", vae, "--size", 32, "--out", out,
+                 "--shard", 20, "--batch_size", 5, "--workers", 0, "--device", "cpu", processes=processes)
+
+
+def files_of(out):
+    return {path.name: path.read_bytes() for path in sorted(Path(out).iterdir())}
+
+
+@pytest.mark.parametrize("name", ["sd-ema", "dc-ae"])
+def test_encoding_survives_being_killed(tmp_path, vaes, name):
+    """300 images, killed with -9 five times on the way: every good one once, bytes as in an undisturbed run, on
+    one process and on two."""
+    root = make_images(tmp_path / "images", 300)
+    text = finish(encode(root, vaes[name], tmp_path / "calm"))
+    assert "298 images encoded, 2 could not be read" in text and "0008.jpg" in text and "0040.jpg" in text
+    expected = files_of(tmp_path / "calm")
+    shards = json.loads(expected["manifest.json"])["shards"].values()
+    names = [name for shard in shards for name in shard["pictures"]]
+    assert len(names) == len(set(names)) == 298
+    assert {"class1/0007.png", "class2/0005.jpg", "class0/0006.jpg"} <= set(names)
+    finish(encode(root, vaes[name], tmp_path / "two", processes=2))
+    assert files_of(tmp_path / "two") == expected
+    out = tmp_path / "killed"
+    for kill in range(5):
+        kill_when(lambda least=2 * kill + 2: len(list(out.glob("*.safetensors"))) >= least,
+                  encode(root, vaes[name], out))
+    finish(encode(root, vaes[name], out))
+    assert files_of(out) == expected
+
+
+def test_train_tune_and_draw_on_latents(tmp_path, vaes):
+    """20 steps many-step, 20 steps few-step, decoded images, all by the commands of the README."""
+    root, vae = make_images(tmp_path / "images", 120), vaes["dc-ae"]
+    finish(encode(root, vae, tmp_path / "latents"))
+    common = ["--model", "TiT-XXS/1", "--data", f"latents:{tmp_path / 'latents'}", "--vae", vae, "--batch_size", 16,
+              "--steps", 20, "--no-compile", "--device", "cpu", "--sample_steps", 2]
+    finish(start("train.py", "--recipe", "in256-vavae", *common, "--out", tmp_path / "many"))
+    finish(start("train.py", "--recipe", "in256-vavae-few", *common, "--init_from", tmp_path / "many",
+                 "--out", tmp_path / "few"))
+    finish(start("sample.py", "--ckpt", tmp_path / "few", "--num", 9, "--out", tmp_path / "nine.png"))
+    assert Image.open(tmp_path / "nine.png").size == (8 * 68 - 4, 2 * 68 - 4)
+    assert Image.open(tmp_path / "many/grid_0000020.png").size == (3 * 68 - 4, 8 * 68 - 4)
+    config = load_model(tmp_path / "few")[1]
+    assert isinstance(config, Config) and len(config.latent_mean) == 8 and config.vae == vae
+
+
+def test_reading_is_fast(tmp_path):
+    """20,000 latents of 32x16x16 a second from the page cache; three tries, because other programs run too."""
+    for k in range(8):
+        rows = torch.randn(500, 32, 16, 16)
+        tensors = {"latents": rows, "latents_flip": rows.flip(-1).contiguous(), "labels": torch.arange(500)}
+        save_file(tensors, tmp_path / f"latents_rank{k:02d}_shard000.safetensors")
+    torch.save({"mean": torch.zeros(1, 32, 1, 1), "std": torch.ones(1, 32, 1, 1)}, tmp_path / "latents_stats.pt")
+    data, best = open_latents(tmp_path, 0, "vavae"), 0
+    data[np.arange(4000)]
+    for _ in range(3):
+        begin = time.perf_counter()
+        for first in range(0, 8192, 1024):
+            data[first + np.arange(1024)]
+        best = max(best, 8192 / (time.perf_counter() - begin))
+    assert best > 20_000, f"{best:.0f} latents/s"
+
+
+# ---- images -------------------------------------------------------------------------------------------
+
+def test_two_processes_draw_the_same_file_and_a_killed_run_goes_on(tmp_path):
+    def draw(name, processes):
+        return start("sample.py", "--ckpt", "assets/shapes-few.safetensors", "--steps", 2, "--num", 1000,
+                     "--batch_size", 64, "--device", "cpu", "--dtype", "float32", "--out", tmp_path / name,
+                     processes=processes)
+
+    def parts():
+        return [path for folder in tmp_path.glob("three.npz.parts-*") for path in folder.glob("*.npz")]
+    finish(draw("one.npz", 1))
+    finish(draw("two.npz", 2))
+    expected = (tmp_path / "one.npz").read_bytes()
+    assert np.load(tmp_path / "one.npz")["arr_0"].shape == (1000, 32, 32, 3)
+    assert (tmp_path / "two.npz").read_bytes() == expected
+    kill_when(lambda: len(parts()) >= 5, draw("three.npz", 1))
+    assert len(parts()) >= 5 and not (tmp_path / "three.npz").exists()
+    finish(draw("three.npz", 2))
+    assert (tmp_path / "three.npz").read_bytes() == expected and not parts()
+
+
+# ---- the hub ------------------------------------------------------------------------------------------
+
+def test_push_and_read_back(tmp_path):
+    """sample.py --push, then --ckpt hf://: the same weights, the same page. A missing file, a broken download and
+    no right to write: one line each, and a broken download goes on."""
+    with hub(tmp_path / "hf") as environment:
+        def draw(name, *words, token="hf_test"):
+            command = ["sample.py", "--num", "4", "--steps", "2", "--device", "cpu", "--out", tmp_path / name, *words]
+            return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                                  env={**environment, "HF_TOKEN": token, "OMP_NUM_THREADS": "1"})
+
+        def assert_refused(done, named):
+            *progress, last = done.stderr.strip().splitlines()
+            assert done.returncode == 2 and last.startswith("error: ") and named in last, done.stderr
+            assert "Traceback" not in done.stderr
+        shipped = ["--ckpt", "assets/shapes-few.safetensors", "--push", "user/repo"]
+        first = draw("a.png", *shipped)
+        assert first.returncode == 0 and "pushed to user/repo" in first.stdout, first.stderr
+        assert {"model.safetensors", "config.json", "README.md", "samples.png"} <= Hub.files.keys()
+        card = Hub.files["README.md"].decode()
+        assert "python sample.py --ckpt hf://user/repo --steps 2" in card and "samples.png" in card
+        assert json.loads(Hub.files["config.json"])["model"] == "TiT-XXS/8"
+        assert_refused(draw("b.png", "--ckpt", "hf://user/repo/other.safetensors"), "hf://user/repo/other")
+        Hub.broken.add("model.safetensors")
+        assert_refused(draw("b.png", "--ckpt", "hf://user/repo"), "hf://user/repo")
+        assert not (tmp_path / "b.png").exists()
+        Hub.broken.clear()
+        again = draw("b.png", "--ckpt", "hf://user/repo")
+        assert again.returncode == 0, again.stderr
+        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+        assert_refused(draw("c.png", *shipped, token="hf_wrong"), "user/repo")

@@ -1,0 +1,70 @@
+"""One result for any number of processes: the batch dealt out, resume, FSDP2, two agents, compiled networks."""
+import os
+import subprocess
+import sys
+
+import pytest
+from runs import FLAGS, RUNS, TEACH, assert_same, distance, free_port, train, train_on
+from toys import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name, fsdp", [("many-step", False), ("many-step", True), ("muon", False)])
+def test_any_deal_of_the_batch_trains_the_same_model(capsys, name, fsdp):
+    """1 x 4, 2 x 2 and 4 x 1 processes x accumulation steps: weights within 1e-6, or twice what one process
+    makes of other accumulations on this machine."""
+    flags = [*RUNS[name], "--steps", 10]
+    for micro in (16, 32, 64):
+        train(*flags, "--out", f"1x{64 // micro}", "--micro_batch", micro, capsys=capsys)
+    rounding = max(distance("1x4", "1x2"), distance("1x4", "1x1"))
+    assert rounding <= 2e-6
+    for processes in (2, 4):
+        train_on(processes, *flags, "--out", processes, "--micro_batch", 16, *["--fsdp"] * fsdp)
+        assert distance("1x4", processes) <= max(1e-6, 2 * rounding)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_is_exact_on_two_processes(capsys, name):
+    if "start" in RUNS[name]:
+        train("--steps", 3, "--out", "start", capsys=capsys)
+    for steps, out in ((12, "straight"), (6, "halves"), (12, "halves")):
+        train_on(2, "--steps", steps, "--out", out, *RUNS[name])
+    assert_same("straight", "halves")
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_run_of_one_process_resumes_on_two_and_back(capsys, fsdp):
+    train("--steps", 10, "--out", "straight", *TEACH, capsys=capsys)
+    train("--steps", 4, "--out", "moved", *TEACH, capsys=capsys)
+    train_on(2, "--steps", 7, "--out", "moved", *TEACH, *["--fsdp"] * fsdp)
+    assert "resumed" in train("--steps", 10, "--out", "moved", *TEACH, capsys=capsys)
+    assert distance("straight", "moved") <= 1e-6
+
+
+def test_two_agents_by_rendezvous_train_as_one_process(capsys):
+    train("--steps", 10, "--out", "one", capsys=capsys)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=7",
+               str(ROOT / "train.py"), *FLAGS, "--steps", "10", "--out", "two"]
+    agents = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    assert [agent.wait(timeout=200) for agent in agents] == [0, 0]
+    assert distance("one", "two") <= 1e-6
+
+
+def test_resume_is_exact_compiled_and_on_two_threads():
+    """As a user has it: the default network, bfloat16 where it is faster, torch.compile, whose backward has
+    threads that add into one sum."""
+    flags = "--warmdown 0 --save_every 1000 --sample_steps 2 --compile".split()
+    for out, steps in (("whole", "30"), ("parts", "15"), ("parts", "30")):
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--steps", steps, "--out", out],
+                              capture_output=True, text=True, timeout=400,
+                              env={**os.environ, "OMP_NUM_THREADS": "2"})
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert_same("whole", "parts")

@@ -1,0 +1,167 @@
+"""Stand-ins for what is large or far away: autoencoders, a folder of odd and damaged images, the hub."""
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import torch
+from PIL import Image
+
+# ---- autoencoders of diffusers ------------------------------------------------------------------------
+
+def small_kl(levels=2, ends=("", ""), width=16, groups=8, blocks=1):
+    """An AutoencoderKL with 4 channels; ends: what each level's blocks are called before DownEncoderBlock2D."""
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    widths = [width * 2**k if groups == 32 else width for k in range(levels)]
+    return AutoencoderKL(latent_channels=4, block_out_channels=widths, layers_per_block=blocks,
+                         norm_num_groups=groups, down_block_types=[f"{end}DownEncoderBlock2D" for end in ends],
+                         up_block_types=[f"{end}UpDecoderBlock2D" for end in reversed(ends)]).eval()
+
+
+def small_dc():
+    from diffusers import AutoencoderDC
+    torch.manual_seed(0)
+    return AutoencoderDC(latent_channels=8, encoder_block_out_channels=(16, 32, 32),
+                         decoder_block_out_channels=(16, 32, 32), encoder_layers_per_block=(1, 1, 1),
+                         decoder_layers_per_block=(1, 1, 1), encoder_block_types="ResBlock",
+                         decoder_block_types="ResBlock", encoder_qkv_multiscales=((), (), ()),
+                         decoder_qkv_multiscales=((), (), ()), decoder_norm_types="rms_norm",
+                         decoder_act_fns="silu").eval()
+
+
+def to_ldm(tensors, levels):
+    """diffusers' names to those of latent diffusion's Encoder and Decoder."""
+    out = {}
+    for name, value in tensors.items():
+        parts = name.split(".")
+        if parts[1] in ("down_blocks", "up_blocks"):
+            side = parts[1].removesuffix("_blocks")
+            level = parts[2] if side == "down" else str(levels - 1 - int(parts[2]))
+            if parts[3] in ("resnets", "attentions"):
+                parts[1:5] = [side, level, {"resnets": "block", "attentions": "attn"}[parts[3]], parts[4]]
+            else:
+                parts[1:5] = [side, level, f"{side}sample"]
+        elif parts[1] == "mid_block":
+            parts[1:4] = ["mid", f"block_{int(parts[3]) + 1}" if parts[2] == "resnets" else "attn_1"]
+        name = ".".join(parts)
+        for theirs, ldm in (("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out")):
+            name = name.replace(theirs, ldm)
+        if ".attn" in name:
+            for theirs, ldm in (("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_", "")):
+                name = name.replace(theirs, ldm)
+            value = value[:, :, None, None] if value.ndim == 2 else value
+        out[name] = value
+    return out
+
+
+# ---- images -------------------------------------------------------------------------------------------
+
+def make_images(root, count, seed=0):
+    """JPEGs of odd sizes in three classes; two damaged, one a pixel wide, one CMYK, one PNG with alpha."""
+    g = np.random.default_rng(seed)
+    for k in range(count):
+        path = root / f"class{k % 3}" / f"{k:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = (1, 60) if k == 5 else g.integers(20, 90, 2).tolist()
+        image = Image.fromarray(g.integers(0, 256, (5, 4, 3), dtype=np.uint8))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        if k == 6:
+            image = image.convert("CMYK")
+        if k == 7:
+            image.putalpha(90)
+            path = path.with_suffix(".png")
+        image.save(path)
+        if k in (8, 40):
+            path.write_bytes(path.read_bytes()[:150] if k == 8 else b"not an image")
+    return root
+
+
+# ---- the hub ------------------------------------------------------------------------------------------
+
+COMMIT = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of the hub, for one repository, user/repo: create, commit, read back."""
+    files, broken, sent = {}, set(), []         # content by name; names that break off half-way; names sent
+
+    def answer(self, body, status=200, **headers):
+        self.send_response(status)
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Length": len(body), "Content-Type": "application/json", **headers}
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        home = f"http://{self.headers['Host']}/user/repo"
+        if self.headers.get("Authorization") != "Bearer hf_test":
+            return self.answer({"error": "Invalid user token."}, 401)
+        if self.path.endswith("/repos/create"):
+            return self.answer({"url": home, "id": "user/repo", "name": "user/repo"})
+        if self.path.endswith("/preupload/main"):
+            regular = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.answer({"files": [{"path": file["path"], **regular} for file in json.loads(body)["files"]]})
+        if self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return self.answer({"commitUrl": f"{home}/commit/{COMMIT}", "commitOid": COMMIT, "pullRequestUrl": None})
+        if "validate-yaml" in self.path:
+            return self.answer({"errors": [], "warnings": []})
+        self.answer({"error": "no"}, 404)
+
+    def do_GET(self):
+        if "/resolve/" in self.path:
+            return self.send_file(self.path.split("/resolve/")[1].partition("/")[2])
+        if "/user/repo/tree/" in self.path:
+            return self.answer([{"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                                for name, body in self.files.items()])
+        if self.path.startswith("/api/models/user/repo"):
+            siblings = [{"rfilename": name, "size": len(body)} for name, body in self.files.items()]
+            return self.answer({"id": "user/repo", "sha": COMMIT, "siblings": siblings})
+        self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def send_file(self, name):
+        if name not in self.files:
+            return self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound",
+                               X_Error_Message="Entry not found", X_Repo_Commit=COMMIT)
+        body = self.files[name]
+        tags = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+        if self.command == "HEAD":
+            return self.answer(body, **tags)
+        self.sent.append(name)
+        if name in self.broken:                 # promise all, send half, hang up
+            self.answer(body[:len(body) // 2], **tags, Content_Length=len(body))
+            self.close_connection = True
+            return
+        start = int(self.headers.get("Range", "bytes=0-").split("=")[1].split("-")[0])
+        if start:
+            tags["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self.answer(body[start:], 206 if start else 200, **tags)
+
+    def log_message(self, *words):
+        pass
+
+
+@contextlib.contextmanager
+def hub(cache):
+    """The environment in which huggingface_hub talks to an empty Hub, with its cache in a folder."""
+    Hub.files, Hub.broken, Hub.sent = {}, set(), []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1",
+           "HF_HOME": str(cache), "HF_TOKEN": "hf_test", "HF_HUB_ETAG_TIMEOUT": "5",
+           "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,240 @@
+"""The commands as a user types them: short real runs, the images they leave, and one line for every mistake."""
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import TIT_NANO, log_of
+from safetensors import safe_open
+from safetensors.torch import save_file
+from toys import ROOT, SMALL, run
+
+import model
+import published
+from checkpoint import load_model
+from config import RECIPES, Config, read_config
+from data import noise_like_seed
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(model.MODELS, "TiT-nano/4", TIT_NANO)
+    return tmp_path
+
+
+@pytest.fixture
+def trained(home, capsys):
+    status, out, err = run("train.py", *SMALL, capsys=capsys)
+    assert status == 0, err
+    return home / "runs/shapes", out
+
+
+# ---- runs ---------------------------------------------------------------------------------------------
+
+def test_train_leaves_images_a_log_and_a_model(trained):
+    folder, out = trained
+    grids = ["grid_0000000.png", "grid_0000002.png", "grid_0000003.png"]
+    assert sorted(path.name for path in folder.glob("grid*.png")) == grids
+    lines = log_of(folder)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 2, 3]
+    assert all(np.isfinite(line.get("loss", 0) + line.get("held_out_loss", 0)) for line in lines)
+    assert (folder / "loss.png").stat().st_size > 1000
+    assert "batch 16 = 1 process x 1 accumulation step x 16 images" in out
+    assert "python sample.py --ckpt runs/shapes" in out and "--recipe shapes-few" in out.splitlines()[-1]
+    net, config, names = load_model(folder)
+    assert (config.model, config.steps, len(names), net.training) == ("TiT-XXS/8", 3, 8, False)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"])["recipe"] == "shapes"
+
+
+def test_the_whole_job_many_step_then_few_step_then_two_step_images(trained, capsys):
+    """sample.py takes the newest run and says the network evaluations; a trajectory has a column a step."""
+    status, _, err = run("train.py", "--recipe", "shapes-few", *SMALL, capsys=capsys)
+    assert status == 0, err
+    status, out, _ = run("sample.py", "--steps", 2, "--num", 10, capsys=capsys)
+    assert status == 0 and "runs/shapes-few" in out and "NFE 2 " in out and "images/s" in out
+    assert Image.open("samples.png").size == (8 * 68 - 4, 2 * 68 - 4)
+    status, out, _ = run("sample.py", "--ckpt", trained[0], "--steps", 6, "--cfg_scale", 2, "--trajectory",
+                         "--num", 3, "--out", "strip.png", capsys=capsys)
+    assert status == 0 and "NFE 12 " in out and Image.open("strip.png").size == (6 * 68 - 4, 3 * 68 - 4)
+
+
+PLAIN = "--model TiT-nano/4 --no-x_pred --zeta 0 --style none --sample_steps 2".split()
+
+
+@pytest.mark.parametrize("extra", [
+    "--x_pred --zeta 0.5 --style ft-vs-fe", "--lam 0.5", "--lam 1 --derivative jvp",
+    "--transport ddpm --gap 0.01,0.001", "--transport edm --huber 0.5 --cosine_loss --time_weight none",
+    "--optimizer radam --grad_clip 0", "--micro_batch 16 --batch_size 48", "--labels none", "--labels star",
+    "--transport x-prediction", "--dtype bfloat16", "--dtype float32", "--grad_checkpoint", "--ema 0.9,0.99",
+    "--kappa 0 --rho 1", "--model DiT-XXS/8", "--time_beta 0.8,1,1 --label_drop 0", "--optimizer muon"])
+def test_every_switch_trains(home, capsys, extra):
+    status, _, err = run("train.py", *SMALL, *PLAIN, *extra.split(), capsys=capsys)
+    assert status == 0, err
+    assert len(list((home / "runs/shapes").glob("grid*.png"))) == 3
+
+
+def test_other_data_train_too(capsys):
+    rng = np.random.default_rng(0)
+    np.savez("d.npz", x=rng.integers(0, 256, (20, 28, 28), dtype=np.uint8), y=np.arange(20) % 10)
+    for label in "ab":
+        Path(f"images/{label}").mkdir(parents=True)
+        for k in range(8):
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(f"images/{label}/{k}.png")
+    for data, out, size in (("npz:d.npz", "npz", 28), ("folder:images", "folder", 8)):
+        status, _, err = run("train.py", *SMALL, *PLAIN, "--image_size", size, "--data", data, "--out", out,
+                             capsys=capsys)
+        assert status == 0, err
+    assert load_model("folder")[2] == ["a", "b"] and load_model("npz")[0].in_channels == 1
+
+
+def test_image_k_depends_on_seed_k_alone(capsys):
+    """Noise, classes, pages and arrays: whatever else is drawn with it, in batches of any size."""
+    pair = noise_like_seed([3, 5], (3, 8, 8))
+    assert torch.equal(pair[1], noise_like_seed([5], (3, 8, 8))[0]) and not torch.equal(pair[0], pair[1])
+    assert torch.equal(noise_like_seed([3, 5], (3, 8, 8), 2)[1], noise_like_seed([5], (3, 8, 8), 2)[0])
+
+    def draw(out, words):
+        common = ["--steps", 2, "--dtype", "float32", "--out", out]
+        assert run("sample.py", *common, *words.split(), capsys=capsys)[0] == 0
+    pages = []
+    for words in ("--seeds 0-11", "--seeds 0-11 --batch_size 5", "--num 12 --batch_size 1"):
+        draw("s.png", f"--rho 1 --kappa 0 --classes star {words}")
+        pages.append(np.asarray(Image.open("s.png")).astype(int))
+    assert abs(pages[0] - pages[1]).max() <= 1 and abs(pages[0] - pages[2]).max() <= 1
+    drawn = []
+    for words in ("--num 8 --batch_size 3", "--seeds 5,3 --batch_size 3"):
+        draw("s.npz", words)
+        drawn.append(dict(np.load("s.npz")))
+    assert drawn[0]["labels"].tolist() == list(range(8)) and drawn[1]["labels"].tolist() == [5, 3]
+    x, others = drawn[0]["arr_0"].astype(int), drawn[1]["arr_0"]
+    assert abs(x[[5, 3]] - others).max() <= 1 and abs(x[5] - x[3]).max() > 50
+    assert drawn[0]["seeds"].tolist() == list(range(8)) and x.shape == (8, 32, 32, 3)
+
+
+def test_the_shipped_model_draws(capsys):
+    status, out, err = run("sample.py", "--steps", 2, "--num", 8, capsys=capsys)
+    assert status == 0 and "assets" in out, err
+    assert (ROOT / "assets/shapes-few.safetensors").stat().st_size < 6_000_000
+    assert all(path.stat().st_size < 500_000 for path in (ROOT / "assets").glob("features-*.safetensors"))
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------
+
+MISTAKES = [        # script, flags, and a word that the line must have
+    ("train.py", "--stepz 3", "--steps"),
+    ("train.py", "--recipe shape-few", "shapes-few"),
+    ("train.py", "--steps many", "--steps"),
+    ("train.py", "--steps 0", "steps"),
+    ("train.py", "--seed -1", "seed"),
+    ("train.py", "--cosine_loss maybe", "maybe"),
+    ("train.py", "--init_from nowhere", "nowhere"),
+    ("train.py", "--init_from foreign.safetensors", "x_embedder.proj.weight"),
+    ("train.py", "--recipe shapes-few", "runs/shapes"),
+    ("train.py", "--recipe shapes-few --init_from foreign.safetensors", "x_embedder.proj.weight"),
+    ("train.py", "--data folder:empty", "folder"),
+    ("train.py", "--data folder:missing", "missing"),
+    ("train.py", "--data folder:images", "batch_size"),
+    ("train.py", "--image_size 30", "patch"),
+    ("train.py", "--model TiT-XXS/3", "TiT-XXS/"),
+    ("train.py", "--batch_size 40", "32 or 48"),
+    ("train.py", "--micro_batch 8", "micro_batch"),
+    ("train.py", "--zeta 1 --style fc-vs-fe", "init_from"),
+    ("train.py", "--zeta 1 --style ft-vs-fe --labels none", "null class"),
+    ("train.py", "--zeta 1 --style ft-vs-fe --lam 1", "ft-vs-fe"),
+    ("train.py", "--transport epsilon-prediction --no-x_pred --lam 1 --zeta 0", "trigflow"),
+    ("train.py", "--transport trigflow", "x_pred"),
+    ("train.py", "--optimizer sgd", "radam"),
+    ("train.py", "--optimizer muon --fsdp", "fsdp"),
+    ("train.py", "--device gpu", "cpu"),
+    ("train.py", "--fsdp", "torchrun"),
+    ("train.py", "--recipe in256-sd", "latents:DIR"),
+    ("train.py", "--gap 0.5", "gap"),
+    ("train.py", "--labels square,star", "square,star"),
+    ("train.py", "--kappa auto --rho 1", "kappa"),
+    ("sample.py", "--ckpt nowhere", "nowhere"),
+    ("sample.py", "--ckpt text.safetensors", "text.safetensors"),
+    ("sample.py", "--ckpt foreign.safetensors", "x_embedder.proj.weight"),
+    ("sample.py", "--ckpt list.pt", "list"),
+    ("sample.py", "--classes 8", "0..7"),
+    ("sample.py", "--classes hart", "heart"),
+    ("sample.py", "--seeds 5-x", "5-x"),
+    ("sample.py", "--num 0", "seeds"),
+    ("sample.py", "--out image.txt", "image.txt"),
+    ("sample.py", "--out s.npz --trajectory", "trajectory"),
+    ("sample.py", "--batch_size 0", "batch_size"),
+    ("sample.py", "--cfg_interval 0.5", "cfg_interval"),
+    ("sample.py", "--extrapolation 1", "--extrapolation"),
+    ("sample.py", "--order 3", "order"),
+    ("latents.py", "encode --data shapes", "folder:PATH"),
+    ("latents.py", "decode", "encode"),
+    ("fid.py", "--ckpt nowhere", "nowhere")]
+
+
+@pytest.mark.parametrize("script, words, named", MISTAKES)
+def test_a_mistake_ends_with_one_line_and_status_2(home, capsys, script, words, named):
+    """The line names what was wrong or what to type, and nothing is left behind."""
+    save_file({"a": torch.zeros(3)}, home / "foreign.safetensors")
+    (home / "text.safetensors").write_text("not a model")
+    torch.save([torch.zeros(3)], home / "list.pt")
+    (home / "images/a").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(home / "images/a/1.png")
+    (home / "empty").mkdir()
+    before = sorted(home.rglob("*"))
+    status, _, err = run(script, *words.split(), capsys=capsys)
+    assert status == 2 and err.startswith("error: ") and err.strip().count("\n") == 0
+    assert named in err and sorted(home.rglob("*")) == before
+
+
+def test_a_damaged_model_is_named(trained, capsys):
+    file = trained[0] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    status, _, err = run("sample.py", "--ckpt", trained[0], capsys=capsys)
+    assert status == 2 and str(file) in err and not Path("samples.png").exists()
+
+
+# ---- the command line ---------------------------------------------------------------------------------
+
+def test_defaults_then_recipe_then_flags():
+    assert read_config([], "").out == "runs/shapes"
+    few = read_config("--recipe shapes-few --lr=0 --betas 0.5,0.6 --kappa 0.3 --cosine_loss --no-x_pred".split(), "")
+    assert few.lam == RECIPES["shapes-few"]["lam"] == 1 and few.lr == 0 and few.betas == (0.5, 0.6)
+    assert few.kappa == 0.3 and few.cosine_loss is True and few.x_pred is False and few.out == "runs/shapes-few"
+    assert read_config(["--kappa", "auto"], "").kappa == "auto" and read_config(["--out", "x"], "").out == "x"
+    assert [read_config(words, "").compile for words in ([], ["--compile"], ["--no-compile"])] == [None, True, False]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_consistent(name):
+    """Each is a valid Config with a network, an objective and a sampler, whose given settings win."""
+    config = read_config(["--recipe", name], "")
+    config.objective()
+    settings = config.sampler(steps=3, gap=None)
+    assert settings["steps"] == 3 and settings["gap"] == config.gap and settings["transport"] == config.transport
+    assert config.batch_size % 16 == 0 and config.model in model.MODELS | published.MODELS
+
+
+def test_published_rows_are_the_published_settings():
+    """A few numbers of the paper, by hand."""
+    row = Config(**RECIPES["in512-dcae"])
+    found = row.zeta, row.steps, row.sample_steps, row.kappa, row.betas, row.lr
+    assert found == (0.57, 1_000_000, 40, 0.46, (0.9, 0.95), 2e-4)
+    row = Config(**RECIPES["tune-repae"])
+    found = row.style, row.zeta, row.steps, row.huber, row.grad_clip, row.ema, row.gap
+    assert found == ("fc-vs-fe", 2.5, 500, 5.0, 0.1, (0.99,), (0.001, 0.75))
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py", "latents.py"])
+def test_help_explains_every_flag(capsys, script):
+    status, out, err = run(script, "-h", capsys=capsys)
+    assert status == 0 and not err
+    for f in dataclasses.fields(runpy.run_path(str(ROOT / script)).get("Options", Config)):
+        assert not f.metadata or f"--{f.name}" in out and f.metadata["help"].split()[0] in out
+    if script == "train.py":
+        assert "lambda" in out and "extrapolation" in out and all(name in out for name in RECIPES)

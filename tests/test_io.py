@@ -1,0 +1,393 @@
+"""What is read and written: published checkpoints, old runs, folders of latents, autoencoders, the hub."""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import TIT_NANO
+from safetensors.torch import load_file, save_file
+from standins import COMMIT, Hub, hub, make_images, small_dc, small_kl, to_ldm
+from torch.testing import assert_close
+from toys import GOLDEN, ROOT
+
+import latents
+import model
+import published
+from checkpoint import load_model
+from config import RECIPES
+from latents import Autoencoder, centre_crop, from_ldm, normalisation, open_latents
+
+OLD_RUN = Path(__file__).resolve().parent / "old_run"
+
+
+# ---- published checkpoints ----------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def golden_size(monkeypatch):
+    """The golden networks' size, so that the number of heads is known: it cannot be told from weights."""
+    monkeypatch.setitem(model.SIZES, "golden", dict(depth=2, hidden_size=48, num_heads=4))
+
+
+def wrapped(kind, tensors):
+    """A golden state dict in the dictionary of its publisher."""
+    other = {name: torch.zeros_like(value) for name, value in tensors.items()}
+    projector = {"projectors.0.0.weight": torch.zeros(3, 48), "projectors.0.0.bias": torch.zeros(3)}
+    args = argparse.Namespace(model="SiT-XL/2", legacy=False, lr=1e-4, exp_name="x")
+
+    def add(prefix, names):
+        return {prefix + name: value for name, value in names.items()}
+    if kind == "ucgm":
+        return {"model": other, "ema": add("module._orig_mod.", tensors), "opt": {"state": {}},
+                "unigen": {"x": other}, "config": {"lr": 1e-4}}
+    if kind == "repa":
+        return {"model": other, "ema": {**tensors, **projector}, "opt": {}, "args": args, "steps": 400000}
+    if kind == "repa-e":
+        return {"model": add("module.", other), "ema": add("module.", {**tensors, **projector}), "opt": {},
+                "args": args, "steps": 1}
+    if kind == "sit":
+        return {"model": other, "ema": tensors, "opt": {}, "args": args}
+    if kind == "lightningdit":
+        return {"model": other, "ema": add("module.", tensors), "opt": {}, "config": {}}
+    return tensors
+
+
+def assert_golden(net, golden):
+    numbers = np.load(GOLDEN / "models.npz")
+    with torch.no_grad():
+        out = net(*(torch.from_numpy(numbers[name]) for name in ("x", "t", "y")))
+    assert_close(out, torch.from_numpy(numbers[f"{golden}_out"]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("golden, kind, transport", [
+    ("tit", "ucgm", "linear"), ("tit", "raw", "linear"), ("sit", "repa", "linear"), ("sit", "repa-e", "linear"),
+    ("sit", "raw", "linear"), ("sit_learn_sigma", "sit", "relinear"), ("lightningdit", "lightningdit", "relinear"),
+    ("lightningdit", "raw", "relinear")])
+@pytest.mark.parametrize("new_zip", [True, False])
+def test_published_dictionaries_give_the_golden_outputs(tmp_path, golden, kind, transport, new_zip):
+    tensors = wrapped(kind, load_file(GOLDEN / f"{golden}.safetensors"))
+    torch.save(tensors, tmp_path / "0400000.pt", _use_new_zipfile_serialization=new_zip)
+    net, config, names = load_model(tmp_path / "0400000.pt")
+    assert config.transport == transport and len(names) == 10
+    assert_golden(net, golden)
+
+
+def test_ddt_gives_the_golden_output(tmp_path, monkeypatch):
+    """2 of 3 blocks encode; its file holds neither positions nor size, so the recipe's size is taken."""
+    monkeypatch.setitem(model.SIZES, "golden3", dict(depth=3, hidden_size=48, num_heads=4))
+    monkeypatch.setitem(published.ENCODER, "golden3", 2)
+    monkeypatch.setitem(RECIPES, "ddt", {**RECIPES["ddt"], "model": "DDT-golden3/2", "image_size": 64})
+    weights = load_file(GOLDEN / "ddt.safetensors")
+    lightning = {f"denoiser.{name}": torch.zeros_like(value) for name, value in weights.items()}
+    lightning |= {f"ema_denoiser.{name}": value for name, value in weights.items()}
+    torch.save({"state_dict": lightning}, tmp_path / "ddt.ckpt")
+    net, config, _ = load_model(tmp_path / "ddt.ckpt", recipe="ddt")
+    assert config.transport == "relinear"
+    assert_golden(net, "ddt")
+
+
+def test_what_cannot_be_told_is_asked(tmp_path, monkeypatch):
+    """DiT's raw files and SiT's are alike: a recipe says which. An error names the recipe or the tensors."""
+    tensors = load_file(GOLDEN / "sit_learn_sigma.safetensors")
+    path = tmp_path / "x.pt"
+    torch.save(tensors, path)
+    with pytest.raises(ValueError, match="--recipe dit or --recipe sit"):
+        load_model(path)
+    for recipe, transport in (("dit", "ddpm"), ("sit", "relinear")):
+        family = RECIPES[recipe]["model"].split("-")[0]
+        monkeypatch.setitem(RECIPES[recipe], "model", f"{family}-golden/2")
+        assert load_model(path, recipe=recipe)[1].transport == transport
+    with pytest.raises(ValueError, match="in256-sd.*TiT-XL/2"):
+        load_model(GOLDEN / "sit.safetensors", recipe="in256-sd")
+    torch.save({**tensors, "extra.weight": torch.zeros(1), "blocks.1.mlp.fc1.bias": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="extra.weight.*fc1.bias"):
+        load_model(path, recipe="sit")
+    torch.save({"weights": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="x_embedder.proj.weight"):
+        load_model(path)
+
+
+def test_published_pickles_are_read_without_running_them(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+    path = tmp_path / "x.pt"
+    torch.save({"ema": load_file(GOLDEN / "sit.safetensors"), "args": Evil()}, path)
+    with pytest.raises(ValueError, match="x.pt"):
+        load_model(path)
+    assert not (tmp_path / "executed").exists()
+    path.write_bytes(b"PK\x03\x04" + b"\0" * 50)
+    with pytest.raises(ValueError, match="x.pt"):
+        load_model(path)
+
+
+def test_the_settings_of_a_former_run_have_their_new_names(monkeypatch):
+    monkeypatch.setitem(model.MODELS, "TiT-nano/4", TIT_NANO)
+    _, few, names = load_model(OLD_RUN / "few")
+    assert (few.lam, few.zeta, few.style, few.derivative, few.dt) == (1.0, 1.0, "fc-vs-xz", "backward", 0.05)
+    assert (few.x_pred, few.kappa, few.rho, few.gap, few.sample_steps) == (True, 0.0, 1.0, (0.001, 0.5), 2)
+    assert (few.time_weight, few.time_beta, few.warmdown, few.grad_clip) == ("none", (0.8, 1.0, 1.0), 0.7, 1.0)
+    assert few.compile is None and not few.cosine_loss and len(names) == 8
+    net, many, _ = load_model(OLD_RUN / "many")
+    assert (many.derivative, many.warmdown, many.kappa, many.rho) == ("central", 0.0, "auto", 0.0)
+    assert net.x_pred and len(net.blocks) == 1
+
+
+# ---- latents ------------------------------------------------------------------------------------------
+
+class Halves:
+    """An autoencoder that one can check by hand: 8 times smaller, by means; with a constant deviation of 2."""
+    config = None
+
+    def encode(self, x):
+        mean = torch.nn.functional.avg_pool2d(x, 8)
+        posterior = argparse.Namespace(mean=mean, std=torch.full_like(mean, 2.0))
+        return argparse.Namespace(latent_dist=posterior)
+
+    def to(self, device):
+        return self
+
+
+def test_an_encoded_folder_and_its_stream(tmp_path, monkeypatch):
+    """Every readable image is there once, and once mirrored: posterior's mean + deviation * noise, the noise by
+    number; the statistics are numpy's; the stream gives each image once an epoch, half of them mirrored."""
+    monkeypatch.setattr(latents, "load_autoencoder", lambda name: (latents.AUTOENCODERS[name], Halves()))
+    root, out = make_images(tmp_path / "images", 46), tmp_path / "out"
+    latents.encode(latents.Options(data=f"folder:{root}", vae="e2e-vavae", size=32, out=str(out), shard=20,
+                                   batch_size=5, workers=0, device="cpu"))
+    shards = [load_file(path) for path in sorted(out.glob("*.safetensors"))]
+    assert sum(len(shard["labels"]) for shard in shards) == 44
+    paths = sorted(root.glob("*/*"))
+    numbers = [k for k, path in enumerate(paths) if path.name not in ("0008.jpg", "0040.jpg")]
+    assert len(numbers) == 44
+    for side, name in enumerate(("latents", "latents_flip")):
+        images = [centre_crop(latents.read_rgb(paths[k]), 32) for k in numbers]
+        x = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+        noise = latents.noise_like_seed(numbers, (3, 4, 4), side)
+        expected = torch.nn.functional.avg_pool2d(x.flip(-1) if side else x, 8) + 2 * noise
+        assert_close(torch.cat([shard[name] for shard in shards]), expected)
+    labels = torch.cat([shard["labels"] for shard in shards])
+    assert labels.tolist() == [int(paths[k].parent.name[-1]) for k in numbers]
+
+    rows = torch.cat([shard[name] for shard in shards for name in ("latents", "latents_flip")]).double()
+    stats = torch.load(out / "latents_stats.pt", weights_only=True)
+    assert stats["mean"].shape == (1, 3, 1, 1)
+    assert_close(stats["mean"].flatten(), rows.mean((0, 2, 3)).float(), rtol=1e-5, atol=1e-6)
+    assert_close(stats["std"].flatten(), rows.std((0, 2, 3), correction=0).float(), rtol=1e-5, atol=1e-6)
+
+    data = open_latents(out, 3)
+    assert len(data) == 44 and data.shape == (3, 4, 4) and data.names == ["class0", "class1", "class2"]
+    assert data.latent[0] == "e2e-vavae"
+    x, y = data[np.arange(44)]
+    sides = [(torch.cat([shard[name] for shard in shards]) - stats["mean"]) / stats["std"]
+             for name in ("latents", "latents_flip")]
+    found = [(k, side) for row in x for side in (0, 1) for k in range(44) if torch.equal(sides[side][k], row)]
+    assert sorted(k for k, _ in found) == list(range(44)) and 8 <= sum(side for _, side in found) <= 36
+    assert [labels[k] for k, _ in found] == y.tolist()
+    assert torch.equal(open_latents(out, 3)[np.arange(100, 120)][0], data[np.arange(100, 120)][0])
+
+    strict = latents.Options(data=f"folder:{root}", vae="e2e-vavae", size=32, out=str(tmp_path / "strict"),
+                             max_unreadable=0, workers=0, device="cpu")
+    with pytest.raises(ValueError, match="max_unreadable"):
+        latents.encode(strict)
+    with pytest.raises(ValueError, match="was encoded with"):
+        latents.encode(latents.Options(**{**vars(strict), "out": str(out), "size": 64, "shard": 20}))
+
+
+def write_shards(folder, shards, each, shape):
+    """A folder as UCGM and LightningDiT publish it: no manifest. Returns the latents of shard k: N(0, 1), seed k."""
+    folder.mkdir()
+    values = [torch.randn(each, *shape, generator=torch.Generator().manual_seed(k)) for k in range(shards)]
+    for k, rows in enumerate(values):
+        tensors = {"latents": rows, "latents_flip": rows.flip(-1).contiguous(), "labels": torch.arange(each) % 1000}
+        save_file(tensors, folder / f"latents_rank{k % 8:02d}_shard{k // 8:03d}.safetensors")
+    stats = {"mean": torch.ones(1, shape[0], 1, 1), "std": torch.full((1, shape[0], 1, 1), 2.0)}
+    torch.save(stats, folder / "latents_stats.pt")
+    return torch.cat(values)
+
+
+def test_published_shards_are_read(tmp_path):
+    """sd-ema: times 0.18215, statistics or not; vavae: (latent - mean) / std."""
+    values = write_shards(tmp_path / "l", 3, 10, (4, 8, 8))
+    with pytest.raises(ValueError, match="give --vae"):
+        open_latents(tmp_path / "l", 0)
+    for vae, plain in (("sd-ema", values * 0.18215), ("vavae", (values - 1) / 2)):
+        data = open_latents(tmp_path / "l", 0, vae)
+        x, y = data[np.arange(30)]
+        found = [k for row in x for k in range(30)
+                 if torch.allclose(row, plain[k]) or torch.allclose(row, plain[k].flip(-1))]
+        assert sorted(found) == list(range(30)) and [k % 10 for k in found] == y.tolist()
+        assert len(data.names) == 1000 and data.latent[0] == vae
+    assert_close(torch.tensor(open_latents(tmp_path / "l", 0, "sd-ema").latent[2]), torch.full((4,), 1 / 0.18215))
+    assert data.latent == ("vavae", (1.0,) * 4, (2.0,) * 4)
+
+
+def test_what_is_wrong_with_a_folder_of_latents(tmp_path):
+    """Another autoencoder, no statistics, other files, damaged ones, shapes that differ, nothing at all."""
+    folder = tmp_path / "l"
+    write_shards(folder, 2, 10, (4, 8, 8))
+    manifest, stray = folder / "manifest.json", folder / "a.safetensors"
+
+    def assert_refused(words):
+        with pytest.raises(ValueError, match=words):
+            open_latents(folder, 0, "vavae")
+    manifest.write_text('{"vae": "sd-ema=somewhere"}')
+    assert_refused("sd-ema")
+    manifest.unlink()
+    (folder / "latents_stats.pt").rename(tmp_path / "stats.pt")
+    assert_refused("statistics")
+    (tmp_path / "stats.pt").rename(folder / "latents_stats.pt")
+    save_file({"x": torch.zeros(1)}, stray)
+    assert_refused("no shards")
+    stray.write_bytes(b"\x10\0\0\0\0\0\0\0not json at all!")
+    assert_refused("a.safetensors")
+    save_file({name: torch.zeros(2, 3, 8, 8) for name in ("latents", "latents_flip")} | {"labels": torch.zeros(2)}, stray)
+    assert_refused("differ in shape")
+    stray.unlink()
+    cut = sorted(folder.glob("latents_*"))[0]
+    os.truncate(cut, 3000)
+    assert_refused(cut.name)
+    with pytest.raises(ValueError, match="no shards"):
+        open_latents(tmp_path, 0, "vavae")
+
+
+def test_the_centre_crop():
+    """As ADM has it: the mean of 2x2 boxes on sizes that halve (Pillow rounds twice: within 1), the middle."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    boxed = pixels.reshape(32, 2, 32, 2, 3).astype(float).mean((1, 3))
+    assert np.abs(np.asarray(centre_crop(Image.fromarray(pixels), 32)) - boxed).max() <= 1
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64] = 255
+    assert np.asarray(centre_crop(Image.fromarray(wide), 32)).min() == 255
+    assert centre_crop(Image.new("RGB", (1, 5000)), 64).size == (64, 64)
+
+
+# ---- autoencoders -------------------------------------------------------------------------------------
+
+def test_autoencoders_that_cannot_be_had(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'sd'"):
+        Autoencoder("sd")
+    with pytest.raises(ValueError, match="statistics"):
+        normalisation("vavae", {})
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ValueError, match="pip install diffusers"):
+        Autoencoder("sd-ema")
+    monkeypatch.undo()
+    pytest.importorskip("diffusers")
+    with pytest.raises(ValueError, match="sd-ema=PATH"):
+        Autoencoder(f"sd-ema={tmp_path}")
+
+
+def test_encode_and_decode_are_diffusers(tmp_path):
+    """The latent is a sample of diffusers' posterior, decode undoes the normalisation, slices change nothing."""
+    pytest.importorskip("diffusers")
+    kl, dc = small_kl(), small_dc()
+    kl.save_pretrained(tmp_path / "kl")
+    dc.save_pretrained(tmp_path / "dc")
+    ours = Autoencoder(f"sd-ema={tmp_path / 'kl'}")
+    x, z = torch.rand(5, 3, 16, 16) * 2 - 1, torch.randn(5, 4, 8, 8)
+    with torch.no_grad():
+        posterior, decoded = kl.encode(x).latent_dist, kl.decode(z).sample.clamp(-1, 1)
+    assert_close(ours.encode(x, lambda shape: z), posterior.mean + posterior.std * z)
+    assert_close(ours.decode(z * 0.18215, at_once=2), decoded, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="latents_stats.pt"):
+        Autoencoder(f"dc-ae={tmp_path / 'dc'}")
+    stats = {"mean": torch.ones(1, 8, 1, 1), "std": torch.full((1, 8, 1, 1), 2.0)}
+    torch.save(stats, tmp_path / "dc/latents_stats.pt")
+    found = Autoencoder(f"dc-ae={tmp_path / 'dc'}")
+    given = Autoencoder(f"dc-ae={tmp_path / 'dc'}", mean=(3.0,) * 8, std=(0.5,) * 8)
+    z = torch.randn(5, 8, 4, 4)
+    with torch.no_grad():
+        encoded, decoded = dc.encode(x).latent, dc.decode(z).sample.clamp(-1, 1)
+    assert_close(found.encode(x, None), encoded)
+    assert_close(found.decode((z - 1) / 2), decoded)
+    assert_close(given.decode((z - 3) / 0.5), decoded)
+
+
+@pytest.mark.parametrize("ends", [("", ""), ("", "Attn")])
+def test_the_names_of_latent_diffusion(ends):
+    """Against diffusers' own conversion, which leaves out attention within the last level; with it, by outputs."""
+    pytest.importorskip("diffusers")
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    net = small_kl(ends=ends, width=32, groups=32, blocks=2)
+    ldm = to_ldm(net.state_dict(), levels=2)
+    assert ("encoder.down.1.attn.1.q.weight" in ldm) == ("Attn" in ends)
+    assert "decoder.up.1.upsample.conv.weight" in ldm
+    ours = from_ldm({"state_dict": {**ldm, "loss.logvar": torch.zeros(1)}}).eval()
+    x, z = torch.rand(2, 3, 16, 16), torch.ones(2, 4, 8, 8)
+    with torch.no_grad():
+        assert_close(ours.encode(x).latent_dist.mean, net.encode(x).latent_dist.mean)
+        assert_close(ours.decode(z).sample, net.decode(z).sample)
+    if "Attn" not in ends:
+        blocks = {"down_block_types": ["x"] * 2, "up_block_types": ["x"] * 2}
+        peer = convert_ldm_vae_checkpoint(ldm, blocks)
+        assert peer.keys() == ours.state_dict().keys()
+        assert all(torch.equal(peer[name].squeeze(), v.squeeze()) for name, v in ours.state_dict().items())
+
+
+# ---- the sampler on somebody's network ----------------------------------------------------------------
+
+def test_a_diffusers_dit_with_kappa_0_is_ddim():
+    """The wrapper of experiments/accelerate.py, random weights, against diffusers' own DDIM loop."""
+    diffusers = pytest.importorskip("diffusers")
+    from experiments.accelerate import dit
+    from sampler import sample
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        num_embeds_ada_norm=10).eval()
+    with torch.no_grad():
+        for p in transformer.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading",
+                                        beta_schedule="linear")
+    scheduler.set_timesteps(20)
+    z, y = torch.randn(3, 4, 8, 8), torch.tensor([1, 5, 9])
+    x = z.clone()
+    with torch.no_grad():
+        for k in scheduler.timesteps:
+            epsilon = transformer(x, timestep=k.expand(3), class_labels=y).sample[:, :4]
+            x = scheduler.step(epsilon, k, x).prev_sample
+    ours = sample(dit(transformer), z, y, "ddpm", steps=20, gap=(1 / 20 - 0.001, 0.001))
+    assert (ours - x).abs().max() <= 1e-4 * x.abs().max()
+
+
+# ---- the hub ------------------------------------------------------------------------------------------
+
+FETCH = """
+import latents
+def fetch(recipe):
+    try:
+        latents.fetch(recipe)
+    except ValueError as error:
+        print("error:", error)
+fetch("shapes")
+fetch("in256-sd")
+latents.AUTOENCODERS["sd-ema"] = latents.AUTOENCODERS["sd-ema"]._replace(home="user/repo")
+latents.UCGM_HOME = "user/repo"
+del latents.HUB["in256-sd"]
+fetch("in256-sd")
+fetch("in256-sd")
+"""
+
+
+def test_fetch_brings_files_into_the_cache(tmp_path):
+    """Against the stand-in, with its one repository in place of the published ones: what matches is sent, once.
+    What is not there is named in one line."""
+    with hub(tmp_path / "hf") as environment:
+        reference = "buffers/refs/in1k256_fid_ref.npz"
+        Hub.files = {"a.pt": b"x" * 3000, "config.json": b"{}", reference: b"y" * 2000, "other.txt": b"no"}
+        done = subprocess.run([sys.executable, "-c", FETCH], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        errors = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+        assert len(errors) == 2 and "shapes" in errors[0] and "stabilityai/sd-vae-ft-ema" in errors[1]
+        names = ["a.pt", "config.json", reference]
+        assert sorted(Hub.sent) == names
+    cached = [path for path in (tmp_path / "hf").rglob("*") if path.is_file() and "snapshots" in path.parts]
+    assert {str(path).rpartition(COMMIT + "/")[2]: path.read_bytes() for path in cached} == {
+        name: Hub.files[name] for name in names}
+    assert all(done.stdout.count(str(path)) == 2 for path in cached) and "other.txt" not in done.stdout

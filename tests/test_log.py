@@ -1,0 +1,124 @@
+"""What a run tells, and what it costs: the log, the curves, the count of operations, the speed table."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from toys import Net, batch, calls_of
+
+from config import Config
+from experiments import bench
+from log import Log, LossByTime, draw_curves, flops_per_image, forwards
+from model import MODELS
+from objective import Objective
+
+# ---- the log ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("time_weight", ["cosine", "none"])
+def test_the_loss_by_time_is_the_mean_of_each_fifth(time_weight):
+    """`loss` is the mean of what is minimised, `loss_by_t` without the weight of the times, by fifths of t; what
+    is not finite counts nowhere, and a report begins anew."""
+    rng, sums = np.random.default_rng(0), LossByTime(Objective(time_weight=time_weight), torch.device("cpu"))
+    for _ in range(2):
+        loss, t = rng.uniform(1, 3, (2, 400)).astype(np.float32), rng.uniform(0, 1, (2, 400)).astype(np.float32)
+        t[0, :3] = 0.0, 0.2, 1.0
+        loss[1, 7:9] = np.nan, np.inf
+        for part in range(2):
+            sums.add(torch.from_numpy(loss[part]), torch.from_numpy(t[part]))
+        line, good = sums.take(), np.isfinite(loss)
+        weight = np.cos(math.pi / 2 * np.minimum(t, 1 - 1e-4)) if time_weight == "cosine" else np.ones_like(t)
+        fifth = np.minimum(5 * t, 4).astype(int)
+        means = [(loss / weight)[good & (fifth == k)].mean() for k in range(5)]
+        assert line["loss"] == pytest.approx(loss[good].mean(), rel=1e-5)
+        assert line["loss_by_t"] == pytest.approx(means, rel=1e-3)
+
+
+def test_a_resumed_log_has_every_step_once(tmp_path):
+    """Later steps than the state's and a line that was cut off go; headers stay, one for every start."""
+    log = Log(tmp_path, Config(), 0, print)
+    for step in (2, 4, 6):
+        log.write({"step": step, "loss": step / 10})
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    log = Log(tmp_path, Config(seed=1), 4, print)
+    log.write({"step": 6, "loss": 0.9})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line.get("step") for line in lines] == [None, 2, 4, None, 6] and lines[-1]["loss"] == 0.9
+    assert [line["from_step"] for line in lines if "config" in line] == [0, 4]
+    assert lines[3]["config"]["seed"] == 1 and lines[3]["torch"] == torch.__version__
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    told = []
+    log = Log(tmp_path, Config(), 0, told.append)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").mkdir()
+    log.write({"step": 1, "loss": 1.0})
+    assert len(told) == 1 and "log.jsonl" in told[0]
+
+
+def test_the_curves_are_where_they_belong(tmp_path):
+    """loss.png on a log scale: losses that stay at 1, 10, ... 10^4 are five level lines, equally far apart, the
+    first at the bottom of the frame and the last at its top; the held-out loss is black."""
+    with open(tmp_path / "log.jsonl", "w") as file:
+        for step in (10, 20, 30):
+            print(json.dumps({"step": step, "loss_by_t": [10.0**k for k in range(5)]}), file=file)
+            print(json.dumps({"step": step, "held_out_loss": 10**1.5}), file=file)
+    draw_curves(tmp_path)
+    page = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
+    column = page[:, 600].astype(int)                       # right of the middle, inside the frame
+    coloured = [row for row in range(len(column)) if np.ptp(column[row]) > 60]
+    rows = np.array([np.mean(coloured[2 * k:2 * k + 2]) for k in range(len(coloured) // 2)])
+    grey = [row for row in range(len(column)) if (column[row] == 0x9A).all()]
+    black = [row for row in range(len(column)) if (column[row] == 0).all()]
+    assert len(rows) == 4 and rows[0] - 20 < 3 and 380 - rows[-1] < 3
+    spacing = (rows[-1] - rows[0]) / 4
+    expected = rows[0] + spacing * np.array([0, 1, 3, 4])
+    assert abs(rows - expected).max() <= 1.5 and abs(np.mean(grey) - rows[0] - 2 * spacing) <= 1.5
+    assert abs(np.mean(black) - rows[0] - 2.5 * spacing) <= 1.5
+
+
+# ---- the cost -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), dict(lam=1.0), dict(lam=1.0, derivative="backward"),
+    dict(lam=1.0, zeta=1.0, style="fc-vs-xz", derivative="backward"), dict(lam=1.0, zeta=1.0, style="fc-vs-fe")])
+def test_forwards_counts_the_calls(settings):
+    """Every call of network and teacher, and twice as much again for the backward pass."""
+    x, z, t, y, drop = batch()
+    net, teacher = Net(), Net(7)
+    calls = [calls_of(net), calls_of(teacher)]
+    objective = Objective("linear", **settings)
+    objective(net, x, y, t, z, drop, teacher)
+    assert forwards(objective) == len(calls[0]) + len(calls[1]) + 2
+
+
+@pytest.mark.parametrize("name", ["TiT-XXS/4", "SiT-XXS/4", "LightningDiT-XXS/2", "DiT-XXS/4"])
+def test_flops_are_those_that_torch_counts(name):
+    net, math_only = MODELS[name](input_size=16, in_channels=4, num_classes=7), sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), math_only:
+        net(torch.randn(2, 4, 16, 16), torch.rand(2), torch.tensor([0, 7]))
+    assert flops_per_image(net) == pytest.approx(counter.get_total_flops() / 2, rel=1e-6)
+
+
+def test_xl_costs_237_gflop_an_image():
+    """TiT-XL/1 on 16x16x32, forward."""
+    with torch.device("meta"):
+        net = MODELS["TiT-XL/1"](input_size=16, in_channels=32, num_classes=1000)
+    assert flops_per_image(net) == pytest.approx(237e9, rel=0.03)
+
+
+def test_the_speed_table(capsys):
+    """A row for each way to train, tune and sample; none is faster than the matrix products are (by a third:
+    other programs run too)."""
+    bench.main(bench.Options(model="TiT-XXS/8", size=8, compiles="no", dtypes="float32", batches="16",
+                             seconds=0.01, device="cpu"))
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| float32 |" in line]
+    assert len(rows) == len(bench.TRAIN) + len(bench.TUNE) + len(bench.SAMPLE)
+    assert all(0 < float(row[8].strip().rstrip("%")) < 130 for row in rows)
+    with pytest.raises(ValueError, match="nothing"):
+        bench.main(bench.Options(model="nothing", device="cpu"))
