@@ -182,7 +182,8 @@ def locked(folder):
     if not folder:
         yield
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):          # whoever writes there will say so
+        Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / ".lock-data" if os.access(folder, os.W_OK) else os.devnull
     with open(path, "w") as lock:
         with contextlib.suppress(ImportError, OSError):     # Windows, and file systems without locks

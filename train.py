@@ -339,7 +339,6 @@ def main(config):                                                               
 
     if fresh and rank == 0:
         set_aside(out)
-    out.mkdir(parents=True, exist_ok=True)
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     print0(f"{config.model}, {millions:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; "
            f"{device}, {config.dtype}{', compiled' * compiled}{', sharded' * config.fsdp}")
