@@ -15,6 +15,7 @@ import torchvision
 from tqdm import tqdm
 
 from checkpoint import atomic_write
+from images import locked
 
 ASSETS = Path(__file__).parent / "assets"
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -116,13 +117,10 @@ class SmallNet(nn.Module):
 
 
 class SmallFeatures:
-    """The SmallNet in assets/ for a kind of images, on uint8 images. ValueError says how to make it."""
+    """A SmallNet for a kind of images, on uint8 images: the one in assets/, or that of a file."""
 
-    def __init__(self, kind, shape):
-        path = ASSETS / f"features-{kind}{shape[-1]}.safetensors"
-        if not path.is_file():
-            raise ValueError(f"no {path.name} in assets/: python fid.py --train --data {kind} "
-                             f"--image_size {shape[-1]} makes it")
+    def __init__(self, kind, shape, path=None):
+        path = path or shipped(kind, shape)
         tensors = {name: value.float() for name, value in safetensors.torch.load_file(path).items()}
         self.net, self.hash = SmallNet(shape, len(tensors["head.bias"])), file_hash(path)
         self.net.load_state_dict(tensors)
@@ -132,25 +130,47 @@ class SmallFeatures:
         return self.net(images.float() / 127.5 - 1)
 
 
-def train_features(data, kind, steps=1500):
+def shipped(kind, shape):
+    return ASSETS / f"features-{kind}{shape[-1]}.safetensors"
+
+
+def small_features(kind, open_stream, run):
+    """SmallFeatures of a data set: in assets/, or trained once, in a few minutes, and kept in the folder `run`.
+
+    open_stream(seed) -> the stream of data. ValueError: the images have no classes to learn.
+    """
+    data = open_stream(1)
+    if shipped(kind, data.shape).is_file():
+        return SmallFeatures(kind, data.shape)
+    if len(data.names) < 2:
+        raise ValueError(f"{kind} has no classes, which features of its own are learned from: give --ref "
+                         "folder:PATH for FID, or --features")
+    which = hashlib.sha256(f"{data.fingerprint} {data.names}".encode()).hexdigest()[:8]
+    path, shape = Path(run) / f"features-{kind}{data.shape[-1]}-{which}.safetensors", data.shape
+    with locked(run):               # one process trains, the others then find the file
+        if not path.is_file():
+            train_features(data, path)
+    return SmallFeatures(kind, shape, path)
+
+
+def train_features(data, path, steps=1500):
     """Train a SmallNet on a stream, save it in half precision, print its accuracy on unseen images."""
     torch.manual_seed(0)
     x_test, y_test = data.hold_out(4000)
     net = SmallNet(data.shape, len(data.names))
     optimizer = torch.optim.AdamW(net.parameters(), 4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    for step in tqdm(range(steps), unit="step"):
+    for step in tqdm(range(steps), unit="step", desc="a small classifier of these images, once"):
         x, y = data[step * 128 + np.arange(128)]
-        x = x + 0.05 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)    # so that no single pixel decides
+        x = x + 0.05 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)    # no single pixel is to decide
         F.cross_entropy(net(x)["scores"], y).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     net.half().float().eval()
     with torch.no_grad():
-        accuracy = f"{(net(x_test)['scores'].argmax(1) == y_test).float().mean().item():.4f}"
-    path = ASSETS / f"features-{kind}{data.shape[-1]}.safetensors"
+        right = (net(x_test)["scores"].argmax(1) == y_test).float().mean().item() if len(y_test) else 0.0
     tensors = {name: value.half() for name, value in net.state_dict().items()}
-    metadata = {"accuracy": accuracy, "held_out": str(len(y_test))}
+    metadata = {"accuracy": f"{right:.4f}", "held_out": str(len(y_test))}
     atomic_write(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))
-    print(f"{path}: names {accuracy} of {len(y_test)} held-out images. Next: python fid.py --ckpt RUN")
+    print(f"{path}: names {right:.4f} of {len(y_test)} held-out images", flush=True)

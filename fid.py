@@ -37,7 +37,7 @@ from config import SamplerFlags, read_flags, setting
 from data import open_dataset, to_uint8
 from engine import (gather, init_distributed, leave_distributed, one_line, pick_device, print0,
                     rank_and_world, rank_batches, run, sum_over_ranks)
-from features import Inception, SmallFeatures, file_hash, train_features
+from features import Inception, file_hash, shipped, small_features, train_features
 from images import check_unreadable, find_images, read_or_reason, read_rgb
 from sample import generate, open_model, save_arrays
 
@@ -53,7 +53,7 @@ class Options(SamplerFlags):
     num: int = setting(10000, "images to draw; published FIDs take 50000", least=2)
     seed: int = setting(0, "the images are those of seeds seed * num ... (seed + 1) * num - 1", least=0)
     metrics: str = setting("fid,sfid,is", "of fid, sfid, is, kid, pr; the last two keep all features")
-    features: str = setting("", "inception, shapes, mnist; empty: inception with --ref, else the data's")
+    features: str = setting("", "inception, or a name; empty: inception with --ref, else the data's own")
     weights: str = setting("", "file of Inception weights; empty: from pytorch-fid's release")
     resize: str = setting("torch-fidelity", "rule for Inception's 299 pixels: torch-fidelity or pytorch-fid")
     data: str = setting("", "FD-NAME: the real images; empty: what the model was trained on")
@@ -327,7 +327,7 @@ def compare(kind, metrics, fake, real, floor):
 
 
 def pick_features(options, model):
-    """inception, shapes or mnist. ValueError if nothing fits, or if it is not said what to compare."""
+    """inception, or the name of the data. ValueError if it is not said what to compare."""
     kind, source = options.features, options.data or (model.config.data if model else "")
     if bool(options.ckpt) == bool(options.images):
         raise ValueError("which images? give --ckpt, such as --ckpt runs/shapes-few, or --images folder:PATH")
@@ -337,12 +337,10 @@ def pick_features(options, model):
         raise ValueError("compare with what? give --ref, such as in1k256_fid_ref.npz or folder:real")
     if kind or options.ref:
         return kind or "inception"
-    if source == "shapes":
-        return "shapes"
-    if source.startswith(("mnist", "npz:")) and model.shape == (1, 28, 28):
-        return "mnist"
-    raise ValueError(f"there are features for shapes and mnist only, not for {source}: give "
-                     "--ref folder:PATH")
+    if source.startswith("latents:"):
+        raise ValueError("images of latents are compared with --ref, such as in1k256_fid_ref.npz")
+    name, _, path = source.partition(":")
+    return Path(path).stem or name
 
 
 def inception_reference(options, features, keep):
@@ -377,9 +375,10 @@ def evaluate(options):
         features = Inception(options.weights, options.resize).to(device)
         real, made = inception_reference(options, features, keep)
     else:
-        size = model.shape[-1] if source == "shapes" else None
-        data = open_dataset(source, size, 1000, model.config.labels, options.data_dir)
-        features = SmallFeatures(kind, data.shape)
+        size = model.shape[-1] if source.startswith(("shapes", "folder:")) else None
+        open_stream = lambda seed, labels="all": open_dataset(source, size, seed, labels, options.data_dir)
+        run = options.ckpt if Path(options.ckpt).is_dir() else Path.home() / ".cache" / "nanoucgm"
+        data, features = open_stream(1000, model.config.labels), small_features(kind, open_stream, run)
         num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
         real, floor = small_reference(options, features, data, num)
     seeds = range(options.seed * num, (options.seed + 1) * num)
@@ -425,7 +424,8 @@ def main(options):
     if options.train:
         kind = options.features or options.data.partition(":")[0] or "shapes"
         source, size = options.data or "shapes", options.image_size or None
-        train_features(open_dataset(source, size, 1, root=options.data_dir), kind)
+        data = open_dataset(source, size, 1, root=options.data_dir)
+        train_features(data, shipped(kind, data.shape))
     elif options.stats:
         write_statistics(options)
     else:

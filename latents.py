@@ -349,7 +349,8 @@ def map_shard(path):
             notes = json.loads((file.metadata() or {}).get("notes", "{}"))
             return {name: file.get_tensor(name).numpy() for name in file.keys()}, notes
     except Exception as error:
-        raise ValueError(f"{path} is not a readable file of latents, or it is cut off ({one_line(error)})") from error
+        raise ValueError(f"{path} is not a readable file of latents, or it is cut off "
+                         f"({one_line(error)})") from error
 
 
 def read_manifest(root, vae):

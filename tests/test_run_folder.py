@@ -240,3 +240,19 @@ def test_a_diverged_model_is_not_drawn(home, capsys):
     status, _, err = run("sample.py", "--ckpt", "run", "--num", 4, "--steps", 2, capsys=capsys)
     assert status == 2 and "not finite" in err and not Path("samples.png").exists()
     assert json.loads(metadata["config"])["lam"] == 0
+
+
+def test_scores_of_ones_own_images_need_no_download(home, capsys):
+    """One command: features of the data are learned once and kept in the run's folder; the score has its name."""
+    flags = ["--data", "folder:pets", "--batch_size", 16, "--model", "TiT-XXS/8"]
+    save_images(*[f"pets/{name}/{k}.png" for name in ("cat", "dog") for k in range(20)])
+    train("--steps", 1, "--out", "run", *flags, capsys=capsys)
+    kept = []
+    for _ in range(2):
+        status, out, err = run("fid.py", "--ckpt", "run", "--num", 12, "--steps", 1, "--device", "cpu", capsys=capsys)
+        assert status == 0, err
+        line = json.loads(out.strip().splitlines()[-1])
+        assert line["FD-pets"] > 0 and line["N"] == 12 and line["features"].startswith("pets ")
+        kept.append([(path.name, path.stat().st_mtime_ns) for path in Path("run").glob("features-pets8-*")])
+    assert kept[0] == kept[1] and len(kept[0]) == 1
+    assert "of 2 held-out images" in out or "once" not in err
