@@ -135,7 +135,7 @@ def shipped(kind, shape):
 
 
 def small_features(kind, open_stream, run):
-    """SmallFeatures of a data set: in assets/, or trained once, in a few minutes, and kept in the folder `run`.
+    """SmallFeatures of a data set: in assets/, or trained once, in minutes, and kept in the folder `run`.
 
     open_stream(seed) -> the stream of data. ValueError: the images have no classes to learn.
     """

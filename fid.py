@@ -177,7 +177,7 @@ class Statistics:
         values = []
         for sums in (value for name, value in self.sums.items() if name.startswith("chunk")):
             mean = sums[:-2] / sums[-1]
-            values.append((sums[-2] / sums[-1] - (mean * mean.log()).sum()).exp().item())
+            values.append((sums[-2] / sums[-1] - torch.special.xlogy(mean, mean).sum()).exp().item())
         return float(np.mean(values))
 
     @property

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from runs import FLAGS, assert_same, log_of, train
 from toys import ROOT, run, states
 
 import checkpoint
+import features
 from checkpoint import atomic_write, claim_folder, find_states, ignore_disk_errors
 from data import open_dataset
 
@@ -76,7 +78,7 @@ def test_a_state_of_another_network_is_refused_before_anything_is_read(home, cap
 def save_images(*names):
     for k, name in enumerate(names):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 8, 3), 10 * k, np.uint8)).save(name)
+        Image.fromarray(np.full((8, 8, 3), 5 * k % 250, np.uint8)).save(name)
 
 
 def test_other_class_names_or_images_are_a_change(home, capsys):
@@ -242,8 +244,9 @@ def test_a_diverged_model_is_not_drawn(home, capsys):
     assert json.loads(metadata["config"])["lam"] == 0
 
 
-def test_scores_of_ones_own_images_need_no_download(home, capsys):
+def test_scores_of_ones_own_images_need_no_download(home, capsys, monkeypatch):
     """One command: features of the data are learned once and kept in the run's folder; the score has its name."""
+    monkeypatch.setattr(features, "train_features", partial(features.train_features, steps=20))
     flags = ["--data", "folder:pets", "--batch_size", 16, "--model", "TiT-XXS/8"]
     save_images(*[f"pets/{name}/{k}.png" for name in ("cat", "dog") for k in range(20)])
     train("--steps", 1, "--out", "run", *flags, capsys=capsys)
