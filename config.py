@@ -306,7 +306,8 @@ def read_flags(kind, argv, doc, epilog=""):
         how = dict(type=READERS.get(base), metavar=METAVARS.get(base))
         if base is bool:
             how = dict(action=argparse.BooleanOptionalAction)
-        shown = "" if f.default in (None, False, "") else f" [{text_of(f.default)}]"
+        hidden = f.default is None or f.default is False or f.default == ""
+        shown = "" if hidden else f" [{text_of(f.default)}]"
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how,
                            help=f.metadata["help"].replace("%", "%%") + shown)
     given, rest = parser.parse_known_args(argv)

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import number_or_word, read_flags, setting
 from data import noise_like_seed, open_dataset, to_uint8
 from engine import autocast, pick_device, run
-from fid import SmallFeatures, collect, compare, stream_images
+from features import SmallFeatures
+from fid import collect, compare, stream_images
 from model import TimeEmbed
 from objective import expand, predict, resolve
 from sample import open_model

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from config import read_flags, setting
 from engine import pick_device, run
-from fid import SmallFeatures, collect, frechet
+from features import SmallFeatures
+from fid import collect, frechet
 from sample import open_model
 from sampler import sample
 

@@ -19,7 +19,8 @@ TIT_NANO = partial(DiT, patch_size=4, depth=1, hidden_size=16, num_heads=2, **FA
 FLAGS = [*TINY, "--sample_steps", "2"]
 TEACH = "--zeta 0.5 --style ft-vs-fe".split()
 FEW = "--lam 1 --zeta 1 --style fc-vs-xz --optimizer radam --init_from start".split()
-TUNE = "--lam 1 --derivative jvp --zeta 1.5 --style fc-vs-fe --huber 5 --ema 0.99,0.9 --init_from start".split()
+TUNE = ("--lam 1 --derivative jvp --zeta 1.5 --style fc-vs-fe --huber 5 --ema 0.99,0.9 "
+        "--init_from start").split()
 RUNS = {"many-step": TEACH, "few-step": FEW, "tuning": TUNE, "muon": ["--optimizer", "muon", *TEACH]}
 
 

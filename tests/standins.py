@@ -13,13 +13,13 @@ from PIL import Image
 
 # ---- autoencoders of diffusers ------------------------------------------------------------------------
 
-def small_kl(levels=2, ends=("", ""), width=16, groups=8, blocks=1):
-    """An AutoencoderKL with 4 channels; ends: what each level's blocks are called before DownEncoderBlock2D."""
+def small_kl(widths=(16, 16), ends=("", ""), groups=8, blocks=1):
+    """An AutoencoderKL with 4 channels; ends: how the name of each level's blocks begins."""
     from diffusers import AutoencoderKL
     torch.manual_seed(0)
-    widths = [width * 2**k if groups == 32 else width for k in range(levels)]
     return AutoencoderKL(latent_channels=4, block_out_channels=widths, layers_per_block=blocks,
-                         norm_num_groups=groups, down_block_types=[f"{end}DownEncoderBlock2D" for end in ends],
+                         norm_num_groups=groups,
+                         down_block_types=[f"{end}DownEncoderBlock2D" for end in ends],
                          up_block_types=[f"{end}UpDecoderBlock2D" for end in reversed(ends)]).eval()
 
 
@@ -109,12 +109,14 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer({"url": home, "id": "user/repo", "name": "user/repo"})
         if self.path.endswith("/preupload/main"):
             regular = {"uploadMode": "regular", "shouldIgnore": False}
-            return self.answer({"files": [{"path": file["path"], **regular} for file in json.loads(body)["files"]]})
+            files = [{"path": file["path"], **regular} for file in json.loads(body)["files"]]
+            return self.answer({"files": files})
         if self.path.endswith("/commit/main"):
             for line in map(json.loads, body.decode().splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self.answer({"commitUrl": f"{home}/commit/{COMMIT}", "commitOid": COMMIT, "pullRequestUrl": None})
+            return self.answer({"commitUrl": f"{home}/commit/{COMMIT}", "commitOid": COMMIT,
+                                "pullRequestUrl": None})
         if "validate-yaml" in self.path:
             return self.answer({"errors": [], "warnings": []})
         self.answer({"error": "no"}, 404)
@@ -123,7 +125,7 @@ class Hub(BaseHTTPRequestHandler):
         if "/resolve/" in self.path:
             return self.send_file(self.path.split("/resolve/")[1].partition("/")[2])
         if "/user/repo/tree/" in self.path:
-            return self.answer([{"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+            return self.answer([{"type": "file", "path": name, "size": len(body), "oid": COMMIT}
                                 for name, body in self.files.items()])
         if self.path.startswith("/api/models/user/repo"):
             siblings = [{"rfilename": name, "size": len(body)} for name, body in self.files.items()]
@@ -137,7 +139,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound",
                                X_Error_Message="Entry not found", X_Repo_Commit=COMMIT)
         body = self.files[name]
-        tags = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+        tags = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": COMMIT,
+                "Accept_Ranges": "bytes"}
         if self.command == "HEAD":
             return self.answer(body, **tags)
         self.sent.append(name)

@@ -1,4 +1,4 @@
-"""The commands as a user types them: short real runs, the images they leave, and one line for every mistake."""
+"""The commands as a user types them: short runs, the images they leave, one line for every mistake."""
 import dataclasses
 import json
 import runpy
@@ -63,6 +63,8 @@ def test_the_whole_job_many_step_then_few_step_then_two_step_images(trained, cap
     status, out, _ = run("sample.py", "--ckpt", trained[0], "--steps", 6, "--cfg_scale", 2, "--trajectory",
                          "--num", 3, "--out", "strip.png", capsys=capsys)
     assert status == 0 and "NFE 12 " in out and Image.open("strip.png").size == (6 * 68 - 4, 3 * 68 - 4)
+    status, out, _ = run("sample.py", "--steps", 6, "--order", 2, "--kappa", 0, "--rho", 0, capsys=capsys)
+    assert status == 0 and "NFE 5 " in out
 
 
 PLAIN = "--model TiT-nano/4 --no-x_pred --zeta 0 --style none --sample_steps 2".split()
@@ -203,11 +205,13 @@ def test_a_damaged_model_is_named(trained, capsys):
 
 def test_defaults_then_recipe_then_flags():
     assert read_config([], "").out == "runs/shapes"
-    few = read_config("--recipe shapes-few --lr=0 --betas 0.5,0.6 --kappa 0.3 --cosine_loss --no-x_pred".split(), "")
-    assert few.lam == RECIPES["shapes-few"]["lam"] == 1 and few.lr == 0 and few.betas == (0.5, 0.6)
-    assert few.kappa == 0.3 and few.cosine_loss is True and few.x_pred is False and few.out == "runs/shapes-few"
+    flags = "--recipe shapes-few --lr=0 --betas 0.5,0.6 --kappa 0.3 --cosine_loss --no-x_pred"
+    few = read_config(flags.split(), "")
+    assert few.lam == RECIPES["shapes-few"]["lam"] == 1 and few.out == "runs/shapes-few"
+    assert (few.lr, few.betas, few.kappa, few.cosine_loss, few.x_pred) == (0, (0.5, 0.6), 0.3, True, False)
     assert read_config(["--kappa", "auto"], "").kappa == "auto" and read_config(["--out", "x"], "").out == "x"
-    assert [read_config(words, "").compile for words in ([], ["--compile"], ["--no-compile"])] == [None, True, False]
+    given = ([], ["--compile"], ["--no-compile"])
+    assert [read_config(words, "").compile for words in given] == [None, True, False]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -216,7 +220,8 @@ def test_recipes_are_consistent(name):
     config = read_config(["--recipe", name], "")
     config.objective()
     settings = config.sampler(steps=3, gap=None)
-    assert settings["steps"] == 3 and settings["gap"] == config.gap and settings["transport"] == config.transport
+    assert (settings["steps"], settings["gap"]) == (3, config.gap)
+    assert settings["transport"] == config.transport
     assert config.batch_size % 16 == 0 and config.model in model.MODELS | published.MODELS
 
 

@@ -20,11 +20,11 @@ from objective import Objective
 
 @pytest.mark.parametrize("time_weight", ["cosine", "none"])
 def test_the_loss_by_time_is_the_mean_of_each_fifth(time_weight):
-    """`loss` is the mean of what is minimised, `loss_by_t` without the weight of the times, by fifths of t; what
-    is not finite counts nowhere, and a report begins anew."""
+    """`loss` is the mean of what is minimised, `loss_by_t` without the weight of the times, by fifths of t.
+    What is not finite counts nowhere, and a report begins anew."""
     rng, sums = np.random.default_rng(0), LossByTime(Objective(time_weight=time_weight), torch.device("cpu"))
     for _ in range(2):
-        loss, t = rng.uniform(1, 3, (2, 400)).astype(np.float32), rng.uniform(0, 1, (2, 400)).astype(np.float32)
+        loss, t = rng.uniform(0, 1, (2, 2, 400)).astype(np.float32)
         t[0, :3] = 0.0, 0.2, 1.0
         loss[1, 7:9] = np.nan, np.inf
         for part in range(2):
@@ -62,8 +62,8 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path):
 
 
 def test_the_curves_are_where_they_belong(tmp_path):
-    """loss.png on a log scale: losses that stay at 1, 10, ... 10^4 are five level lines, equally far apart, the
-    first at the bottom of the frame and the last at its top; the held-out loss is black."""
+    """On a log scale losses that stay at 1, 10, ... 10^4 are five level lines, equally far apart, of which
+    the middle one is grey; the held-out loss is black."""
     with open(tmp_path / "log.jsonl", "w") as file:
         for step in (10, 20, 30):
             print(json.dumps({"step": step, "loss_by_t": [10.0**k for k in range(5)]}), file=file)
@@ -75,7 +75,7 @@ def test_the_curves_are_where_they_belong(tmp_path):
     rows = np.array([np.mean(coloured[2 * k:2 * k + 2]) for k in range(len(coloured) // 2)])
     grey = [row for row in range(len(column)) if (column[row] == 0x9A).all()]
     black = [row for row in range(len(column)) if (column[row] == 0).all()]
-    assert len(rows) == 4 and rows[0] - 20 < 3 and 380 - rows[-1] < 3
+    assert len(rows) == 4
     spacing = (rows[-1] - rows[0]) / 4
     expected = rows[0] + spacing * np.array([0, 1, 3, 4])
     assert abs(rows - expected).max() <= 1.5 and abs(np.mean(grey) - rows[0] - 2 * spacing) <= 1.5
@@ -85,8 +85,9 @@ def test_the_curves_are_where_they_belong(tmp_path):
 # ---- the cost -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), dict(lam=1.0), dict(lam=1.0, derivative="backward"),
-    dict(lam=1.0, zeta=1.0, style="fc-vs-xz", derivative="backward"), dict(lam=1.0, zeta=1.0, style="fc-vs-fe")])
+    dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), dict(lam=1.0),
+    dict(lam=1.0, derivative="backward"), dict(lam=1.0, zeta=1.0, style="fc-vs-fe"),
+    dict(lam=1.0, zeta=1.0, style="fc-vs-xz", derivative="backward")])
 def test_forwards_counts_the_calls(settings):
     """Every call of network and teacher, and twice as much again for the backward pass."""
     x, z, t, y, drop = batch()

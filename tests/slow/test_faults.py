@@ -25,8 +25,9 @@ def home(tmp_path, monkeypatch):
 
 def launch(*words, before=(sys.executable,)):
     """A command in a process, and a group of processes, of its own; what it prints goes to out.txt."""
-    return subprocess.Popen([*before, *map(str, words)], stdout=open("out.txt", "w"), stderr=subprocess.STDOUT,
-                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*before, *map(str, words)], stdout=open("out.txt", "w"),
+                            stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
 
 def printed():
@@ -80,11 +81,12 @@ def test_kill_9_at_twenty_moments(capsys):
 
 
 def test_stopped_by_signals_five_times(capsys):
-    """SIGUSR1 saves and goes on; SIGTERM and SIGINT save and stop. They go to the whole group, as torchrun, SLURM
-    and a terminal send them: the processes that read data must not die of it."""
-    for k, number in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)):
-        saved = states("asked")
-        process = launch(FAULTY, 0, 120, 2, *FLAGS, *SMALL, "--steps", 100000, "--save_every", 10**6, "--out", "asked")
+    """SIGUSR1 saves and goes on; SIGTERM and SIGINT save and stop. They go to the whole group, as torchrun,
+    SLURM and a terminal send them: the processes that read data must not die of it."""
+    rarely = ("--save_every", 10**6)
+    for k in range(5):
+        number, saved = signal.SIGINT if k % 2 else signal.SIGTERM, states("asked")
+        process = launch(FAULTY, 0, 120, 2, *FLAGS, *SMALL, *rarely, "--steps", 100000, "--out", "asked")
         assert wait_until(lambda: "batch 16 =" in printed(), process), printed()
         time.sleep(0.3 + 0.2 * k)
         assert states("asked") == saved         # every state is one that was asked for
@@ -95,7 +97,7 @@ def test_stopped_by_signals_five_times(capsys):
         assert f"stopped by {number.name} at step {reached('asked')} of" in printed()
     steps = reached("asked") + 5
     for out in ("asked", "straight"):
-        train(*SMALL, "--save_every", 10**6, "--steps", steps, "--out", out, capsys=capsys)
+        train(*SMALL, *rarely, "--steps", steps, "--out", out, capsys=capsys)
     assert_same("straight", "asked")
 
 
@@ -125,7 +127,8 @@ def test_a_process_whose_peer_hangs_leaves_when_its_grace_is_over():
 def test_a_lost_process_is_restarted_by_torchrun():
     """And the run goes on, though the command says --fresh: that was for the first start."""
     flags = ["--batch_size", "32", "--steps", "60", "--out"]
-    agent = launch(ROOT / "train.py", *FLAGS, *flags, "lost", "--fresh", before=torchrun(2, "--max-restarts=2"))
+    restarting = torchrun(2, "--max-restarts=2")
+    agent = launch(ROOT / "train.py", *FLAGS, *flags, "lost", "--fresh", before=restarting)
     assert wait_until(lambda: len(states("lost")) > 0, agent), printed()
     os.kill(workers_of(agent, "train.py")[-1], signal.SIGKILL)
     assert agent.wait(timeout=200) == 0, printed()[-3000:]

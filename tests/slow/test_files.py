@@ -67,8 +67,8 @@ def files_of(out):
 
 @pytest.mark.parametrize("name", ["sd-ema", "dc-ae"])
 def test_encoding_survives_being_killed(tmp_path, vaes, name):
-    """300 images, killed with -9 five times on the way: every good one once, bytes as in an undisturbed run, on
-    one process and on two."""
+    """300 images, killed with -9 five times on the way: every good one once, bytes as in an undisturbed run,
+    on one process and on two."""
     root = make_images(tmp_path / "images", 300)
     text = finish(encode(root, vaes[name], tmp_path / "calm"))
     assert "298 images encoded, 2 could not be read" in text and "0008.jpg" in text and "0040.jpg" in text
@@ -91,8 +91,8 @@ def test_train_tune_and_draw_on_latents(tmp_path, vaes):
     """20 steps many-step, 20 steps few-step, decoded images, all by the commands of the README."""
     root, vae = make_images(tmp_path / "images", 120), vaes["dc-ae"]
     finish(encode(root, vae, tmp_path / "latents"))
-    common = ["--model", "TiT-XXS/1", "--data", f"latents:{tmp_path / 'latents'}", "--vae", vae, "--batch_size", 16,
-              "--steps", 20, "--no-compile", "--device", "cpu", "--sample_steps", 2]
+    common = ["--model", "TiT-XXS/1", "--data", f"latents:{tmp_path / 'latents'}", "--vae", vae,
+              "--steps", 20, "--batch_size", 16, "--no-compile", "--device", "cpu", "--sample_steps", 2]
     finish(start("train.py", "--recipe", "in256-vavae", *common, "--out", tmp_path / "many"))
     finish(start("train.py", "--recipe", "in256-vavae-few", *common, "--init_from", tmp_path / "many",
                  "--out", tmp_path / "few"))
@@ -104,12 +104,14 @@ def test_train_tune_and_draw_on_latents(tmp_path, vaes):
 
 
 def test_reading_is_fast(tmp_path):
-    """20,000 latents of 32x16x16 a second from the page cache; three tries, because other programs run too."""
+    """20,000 latents of 32x16x16 a second from the page cache, in one of three tries."""
     for k in range(8):
         rows = torch.randn(500, 32, 16, 16)
-        tensors = {"latents": rows, "latents_flip": rows.flip(-1).contiguous(), "labels": torch.arange(500)}
-        save_file(tensors, tmp_path / f"latents_rank{k:02d}_shard000.safetensors")
-    torch.save({"mean": torch.zeros(1, 32, 1, 1), "std": torch.ones(1, 32, 1, 1)}, tmp_path / "latents_stats.pt")
+        flipped, labels = rows.flip(-1).contiguous(), torch.arange(500)
+        save_file({"latents": rows, "latents_flip": flipped, "labels": labels},
+                  tmp_path / f"latents_rank{k:02d}_shard000.safetensors")
+    stats = {"mean": torch.zeros(1, 32, 1, 1), "std": torch.ones(1, 32, 1, 1)}
+    torch.save(stats, tmp_path / "latents_stats.pt")
     data, best = open_latents(tmp_path, 0, "vavae"), 0
     data[np.arange(4000)]
     for _ in range(3):
@@ -144,13 +146,14 @@ def test_two_processes_draw_the_same_file_and_a_killed_run_goes_on(tmp_path):
 # ---- the hub ------------------------------------------------------------------------------------------
 
 def test_push_and_read_back(tmp_path):
-    """sample.py --push, then --ckpt hf://: the same weights, the same page. A missing file, a broken download and
-    no right to write: one line each, and a broken download goes on."""
+    """sample.py --push, then --ckpt hf://: the same weights, the same page. A missing file, a broken download
+    and no right to write: one line each, and a broken download goes on."""
     with hub(tmp_path / "hf") as environment:
         def draw(name, *words, token="hf_test"):
-            command = ["sample.py", "--num", "4", "--steps", "2", "--device", "cpu", "--out", tmp_path / name, *words]
-            return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                                  env={**environment, "HF_TOKEN": token, "OMP_NUM_THREADS": "1"})
+            flags = ["--num", "4", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / name)]
+            return subprocess.run([sys.executable, "sample.py", *flags, *words], cwd=ROOT, text=True,
+                                  env={**environment, "HF_TOKEN": token, "OMP_NUM_THREADS": "1"},
+                                  capture_output=True)
 
         def assert_refused(done, named):
             *progress, last = done.stderr.strip().splitlines()

@@ -14,7 +14,7 @@ from fid import Options, evaluate
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("size, count", [(32, 40), (256, 20), (300, 20)])
+@pytest.mark.parametrize("size, count", [(32, 24), (300, 20)])
 def test_the_same_numbers_as_torch_fidelity_and_pytorch_fid(tmp_path, weights, size, count, monkeypatch):
     """FID, IS and KID of torch-fidelity, FID of pytorch-fid: 1e-3 relative, resize included."""
     torch_fidelity = pytest.importorskip("torch_fidelity")
@@ -78,8 +78,8 @@ def test_any_number_of_processes_gives_the_same_statistics(tmp_path):
             assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-MEASURE = """
-import resource, sys, time
+MEASURE = r"""
+import re, sys, time
 import torch
 images, ref, weights, which = sys.argv[1:]
 start = time.perf_counter()
@@ -92,20 +92,22 @@ else:
     from pytorch_fid.fid_score import calculate_fid_given_paths
     inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
     value = calculate_fid_given_paths([images, ref], 50, "cpu", 2048, num_workers=1)
-print(float(value), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, time.perf_counter() - start)
+peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]
+print(float(value), int(peak) / 2**10, time.perf_counter() - start)
 """
 
 
 def test_memory_does_not_grow_and_time_is_that_of_pytorch_fid(tmp_path, weights):
-    """200 and 500 images in the same memory, so none is kept: 300 hold 56 MiB. 200 in about the time of
+    """100 and 300 images in the same memory, so none is kept: 200 hold 37 MiB. 100 in about the time of
     pytorch-fid (half as much again allowed: noise), with the same FID.
 
+    VmHWM is the peak of this program alone; ru_maxrss begins with that of the one that started it.
     glibc is told to give large blocks back at once: by itself its peak for the SAME images differs by 190 MiB
     from run to run.
     """
     pytest.importorskip("pytorch_fid")
-    images = images_of(256, 5, 500)
-    for name, part in (("200", images[150:350]), ("500", images)):
+    images = images_of(256, 5, 300)
+    for name, part in (("100", images[100:200]), ("300", images)):
         write_folder(tmp_path / name, part)
     rows = torch.randn(3000, 2048, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     np.savez(tmp_path / "ref.npz", mu=rows.mean(0).numpy(), sigma=rows.T.cov().numpy())
@@ -118,9 +120,9 @@ def test_memory_does_not_grow_and_time_is_that_of_pytorch_fid(tmp_path, weights)
         run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-2000:]
         return [float(value) for value in run.stdout.split()[-3:]]
-    ours, more, peer = measure("200", "ours"), measure("500", "ours"), measure("200", "peer")
-    print(f"\n200: {ours[1]:.0f} MiB, {ours[2]:.1f} s; 500: {more[1]:.0f} MiB; "
-          f"pytorch-fid, 200: {peer[1]:.0f} MiB, {peer[2]:.1f} s")
+    ours, more, peer = measure("100", "ours"), measure("300", "ours"), measure("100", "peer")
+    print(f"\n100: {ours[1]:.0f} MiB, {ours[2]:.1f} s; 300: {more[1]:.0f} MiB; "
+          f"pytorch-fid, 100: {peer[1]:.0f} MiB, {peer[2]:.1f} s")
     assert_close(ours[0], peer[0], rtol=1e-3, atol=1e-3)
     assert more[1] < ours[1] + 20
     assert ours[2] < 1.5 * peer[2]
