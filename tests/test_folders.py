@@ -1,5 +1,4 @@
-"""Folders as people have them: odd formats, modes, links, hidden files, damage. train.py, latents.py and fid.py
-see the same images."""
+"""Folders as people have them: odd formats, modes, links, hidden files, damage."""
 import os
 import struct
 import zlib
@@ -34,8 +33,8 @@ def save_all(root):
     for mode in ("L", "RGB", "CMYK", "YCbCr"):
         rgb.convert(mode).save(a / f"jpg-{mode}.jpg", quality=95)
     way = Image.Transpose       # stored so that the orientation of the EXIF standard turns them upright again
-    turns = {2: way.FLIP_LEFT_RIGHT, 3: way.ROTATE_180, 4: way.FLIP_TOP_BOTTOM, 5: way.TRANSPOSE, 6: way.ROTATE_90,
-             7: way.TRANSVERSE, 8: way.ROTATE_270}
+    turns = {2: way.FLIP_LEFT_RIGHT, 3: way.ROTATE_180, 4: way.FLIP_TOP_BOTTOM, 5: way.TRANSPOSE,
+             6: way.ROTATE_90, 7: way.TRANSVERSE, 8: way.ROTATE_270}
     for orientation, turn in turns.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -101,7 +100,8 @@ def test_all_three_see_the_same_images(folder, tmp_path, capsys, monkeypatch):
         to, hash = lambda self, device: self, lambda self: "0"
         encode = lambda self, x, noise: x[:, :1, ::4, ::4]
     monkeypatch.setattr(latents, "Autoencoder", Autoencoder)
-    latents.encode(latents.Options(data=f"folder:{root}", size=16, out=str(tmp_path / "l"), workers=0, device="cpu"))
+    out = str(tmp_path / "l")
+    latents.encode(latents.Options(data=f"folder:{root}", size=16, out=out, workers=0, device="cpu"))
     assert len(latents.open_latents(tmp_path / "l", 0, "sd-ema")) == readable
     (root / "in-no-class.png").unlink()         # scores have no classes
     assert sum(len(x) for _, x in fid.stored_images(f"folder:{root}", 8)) == readable
