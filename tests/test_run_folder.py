@@ -151,7 +151,7 @@ def test_modes_and_folder_flushes_are_best_effort(home, monkeypatch):
 
 
 def test_only_what_passes_is_survived():
-    """A full disk, a quota, a failing disk; safetensors has the number in its text. Permission does not pass."""
+    """A full disk, a quota, a failing disk; and a permission, which does not pass."""
     from safetensors import SafetensorError
     told = []
     for error in (OSError(28, "No space left"), OSError(122, "quota"), OSError(5, "I/O"),

@@ -1,10 +1,9 @@
-"""Small values, foreign files, other people's references: the right answer, or one line that says what to type."""
+"""Small values, foreign files, other people's references: the right answer, or one line to act on."""
 import json
 import math
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from test_fid import Statistics, statistics
@@ -12,7 +11,7 @@ from toys import GOLDEN, images_of, run, write_folder
 
 import fid
 from checkpoint import load_model
-from config import Config, read_config
+from config import read_config
 from objective import Objective
 from published import clean
 
@@ -26,7 +25,8 @@ def home(tmp_path, monkeypatch):
 # ---- values -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [
-    "--seed 18446744073709551616", "--seed -1", "--image_size -32", "--grad_clip -1", "--ema .9,.9", "--ema 1.5",
+    "--seed 18446744073709551616", "--seed -1", "--image_size -32", "--grad_clip -1", "--ema .9,.9",
+    "--ema 1.5",
     "--cfg_interval .8,.1", "--lr nan", "--gap nan,.1", "--warmdown -1", "--micro_batch -4", "--steps 0",
     "--time_beta 1,1", "--huber inf", "--time_beta nan,1,1"])
 def test_values_that_mean_nothing_are_refused(flags):
@@ -43,7 +43,8 @@ def test_nan_is_no_setting_of_an_objective():
 
 @pytest.mark.parametrize("script, words", [
     ("sample.py", "--seeds 18446744073709551616"), ("sample.py", "--batch_size 0"), ("sample.py", "--num 0"),
-    ("sample.py", "--out missing.jpg --num 300000"), ("sample.py", "--recipe mnist"), ("fid.py", "--batch_size 0"),
+    ("sample.py", "--out missing.jpg --num 300000"), ("sample.py", "--recipe mnist"),
+    ("fid.py", "--batch_size 0"),
     ("fid.py", "--num 1 --ckpt x"), ("latents.py", "encode --shard 0"), ("latents.py", "encode --size 0"),
     ("sample.py", "--cfg_interval 1"), ("fid.py", "--image_size -1 --train")])
 def test_small_mistakes_leave_nothing_behind(home, capsys, script, words):
@@ -74,12 +75,14 @@ def test_a_recipe_draws_its_own_run(home, capsys):
 def test_prefixes_and_strange_keys_of_published_weights(tmp_path):
     """Wrapped in safetensors as in torch.save; a float under "ema", integer keys, {"model": weights}."""
     weights = load_file(GOLDEN / "tit.safetensors")
-    wrapped = {f"module._orig_mod.{name}": value for name, value in weights.items()} | {"projectors.0": torch.zeros(1)}
+    wrapped = {f"module._orig_mod.{name}": value for name, value in weights.items()}
+    wrapped["projectors.0"] = torch.zeros(1)
     tensors, extras = clean(wrapped, {})
     assert extras["projectors"] and tensors.keys() == {k for k in weights if not k.startswith("feat_rope.")}
-    for k, stored in enumerate(({"model": weights}, {"ema": 0.999, "model": weights}, {**weights, 3: torch.zeros(2)})):
+    files = ({"model": weights}, {"ema": 0.999, "model": weights}, {**weights, 3: torch.zeros(2)})
+    for k, stored in enumerate(files):
         torch.save(stored, tmp_path / f"{k}.pt")
-        with pytest.raises(ValueError, match="2 blocks of width 48"):       # the golden size, which is not published
+        with pytest.raises(ValueError, match="2 blocks of width 48"):       # read, but of no published size
             load_model(tmp_path / f"{k}.pt")
     torch.save({"ema": {}}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="no tensors by name"):
@@ -110,8 +113,9 @@ class Features:
         self.hash, self.resize = hash, resize
 
 
-@pytest.mark.parametrize("made, named", [({"weights": "other", "resize": "mine"}, "weights other, not mine"),
-                                         ({"weights": "mine", "resize": "pytorch-fid"}, "resize pytorch-fid")])
+@pytest.mark.parametrize("made, named", [
+    ({"weights": "other", "resize": "mine"}, "weights other, not mine"),
+    ({"weights": "mine", "resize": "pytorch-fid"}, "resize pytorch-fid")])
 def test_a_reference_of_other_features_is_refused(tmp_path, made, named, capsys):
     file = str(tmp_path / "ref.npz")
     np.savez(file, mu=np.zeros(3), sigma=np.eye(3), made=json.dumps(made))
@@ -124,7 +128,7 @@ def test_a_reference_of_other_features_is_refused(tmp_path, made, named, capsys)
 
 
 def test_the_inception_score_of_sorted_folders_is_that_of_a_shuffled_set(tmp_path, monkeypatch):
-    """12,000 images sorted by class: a chunk of 5,000 in the order of the names knows three classes of ten only."""
+    """12,000 images sorted by class: in the order of the names a chunk of 5,000 knows few of ten classes."""
     names = [f"{k // 1200}/{k:05d}.png" for k in range(12_000)]
     monkeypatch.setattr(fid, "find_images", lambda path: (names, {}))
     monkeypatch.setattr(fid, "read_opaque", lambda name: np.full((2, 2, 3), int(name[0]), np.uint8))
