@@ -60,14 +60,15 @@ PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
 
 
 @contextlib.contextmanager
-def ignore_disk_errors(what, tell):
-    """A full or failing disk does not end a run: tell(line), and go on. ValueError for what does not pass."""
+def ignore_disk_errors(what, tell, passing=PASSING):
+    """A full or failing disk does not end a run: tell(line), and go on. ValueError for an error that does not
+    pass; None: all do."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
         number = re.search(r"os error (\d+)", str(error))       # safetensors has it in its text only
         number = int(number[1]) if number else getattr(error, "errno", None)
-        if number not in PASSING:
+        if passing is not None and number not in passing:
             raise ValueError(f"{what} cannot be written ({error})") from error
         tell(f"{what} could not be written ({error}): the run goes on; free some disk space")
 

@@ -121,6 +121,9 @@ class SmallFeatures:
 
     def __init__(self, kind, shape, path=None):
         path = path or shipped(kind, shape)
+        if not Path(path).is_file():
+            raise ValueError(f"no {path.name} in assets/: python fid.py --train --data {kind} --image_size "
+                             f"{shape[-1]} makes it")
         tensors = {name: value.float() for name, value in safetensors.torch.load_file(path).items()}
         self.net, self.hash = SmallNet(shape, len(tensors["head.bias"])), file_hash(path)
         self.net.load_state_dict(tensors)

@@ -50,7 +50,7 @@ class Options(SamplerFlags):
     ref: str = setting("", "what to compare with: statistics (.npz), or images as for --images")
     stats: str = setting("", "instead of scores: write the statistics of these images to --out")
     out: str = setting("ref.npz", "where --stats writes")
-    num: int = setting(10000, "images to draw; published FIDs take 50000", least=2)
+    num: int = setting(10000, "images to draw; published FIDs take 50000", least=1)
     seed: int = setting(0, "the images are those of seeds seed * num ... (seed + 1) * num - 1", least=0)
     metrics: str = setting("fid,sfid,is", "of fid, sfid, is, kid, pr; the last two keep all features")
     features: str = setting("", "inception, or a name; empty: inception with --ref, else the data's own")

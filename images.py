@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+CACHE_FROM = 500            # a smaller folder is read again at each start
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -149,13 +150,15 @@ def read_folder(folder, size, cache=None, progress=True):
     cache: a folder that keeps the array, mapped into memory, for the next start; it is read again when names,
     sizes or times of the files have changed. Without it the array is in memory.
     """
+    cache = cache if len(folder.paths) >= CACHE_FROM else None
     name = f"images{size}_{folder.fingerprint(size)}"
     with locked(cache):
         if cache and (Path(cache) / f"{name}.json").is_file():
             rows = json.loads((Path(cache) / f"{name}.json").read_text())
             return np.load(Path(cache) / f"{name}.npy", mmap_mode="r"), rows
         x, bad = np.empty((len(folder.paths), 3, size, size), np.uint8), {}
-        bar = tqdm(total=len(folder.paths), unit="image", desc=f"reading {folder.root}", disable=not progress)
+        bar = tqdm(total=len(folder.paths), unit="image", desc=f"reading {folder.root}",
+                   disable=not progress or len(folder.paths) < CACHE_FROM)
         for batch in read_many(folder.paths, lambda path: read_square(path, size)):
             for k, image in batch:
                 if isinstance(image, str):

@@ -30,7 +30,7 @@ class Log:
         self.lock = claim_folder(out)
         self.path, self.tell, self.board, self.wandb = Path(out) / "log.jsonl", tell, None, None
         kept = [line for line in read_log(out) if line.get("step", 0) <= first]     # the rest comes again
-        with ignore_disk_errors(self.path, tell):
+        with ignore_disk_errors(self.path, tell, None):
             text = "".join(json.dumps(line) + "\n" for line in kept)
             atomic_write(self.path, lambda file: file.write_text(text))
         try:
@@ -52,7 +52,7 @@ class Log:
 
     def write(self, line):
         line = {name: value if finite(value) else None for name, value in line.items()}
-        with ignore_disk_errors(self.path, self.tell), open(self.path, "a") as file:
+        with ignore_disk_errors(self.path, self.tell, None), open(self.path, "a") as file:
             print(json.dumps(line), file=file)
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         if self.board:

@@ -355,7 +355,7 @@ def main(config):                                                               
     losses, skipped, saved = LossByTime(objective, device), Skipped(device), True
     clock, clock_step = time.perf_counter(), first
 
-    with Signals(control) as signals:
+    with Signals(control) as signals, bar:
         for step in range(first, config.steps + 1):     # one more: the last is looked at and saved
             stop, save_now = signals.agree()
             due = step % config.save_every == 0 or step == config.steps
@@ -402,7 +402,6 @@ def main(config):                                                               
                 if log:
                     log.write(line)
 
-    bar.close()
     if log:
         log.close()
     last_words(config, stop, step, first, saved)

@@ -167,7 +167,7 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("sample.py", "--classes 8", "0..7"),
     ("sample.py", "--classes hart", "heart"),
     ("sample.py", "--seeds 5-x", "5-x"),
-    ("sample.py", "--num 0", "seeds"),
+    ("sample.py", "--num 0", "num"),
     ("sample.py", "--out image.txt", "image.txt"),
     ("sample.py", "--out s.npz --trajectory", "trajectory"),
     ("sample.py", "--batch_size 0", "batch_size"),

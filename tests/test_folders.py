@@ -129,6 +129,7 @@ def test_transparency(tmp_path):
 def test_a_folder_is_read_once(folder, tmp_path, monkeypatch):
     """The next start maps the array; another time, size or file reads it again; what is not ours stays."""
     root, readable, _ = folder
+    monkeypatch.setattr(images, "CACHE_FROM", 0)
     run = tmp_path / "run"
     run.mkdir()
     (run / "images_of_mine.npy").write_bytes(b"mine")

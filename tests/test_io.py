@@ -152,6 +152,9 @@ class Halves:
     def to(self, device):
         return self
 
+    def state_dict(self):
+        return {}
+
 
 def test_an_encoded_folder_and_its_stream(tmp_path, monkeypatch):
     """Every readable image is there once, and once mirrored: the posterior's mean + deviation * noise, which

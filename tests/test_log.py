@@ -44,6 +44,7 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
         log.write({"step": step, "loss": step / 10})
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 8, "lo')
+    log.close()
     log = Log(tmp_path, Config(seed=1), 4, print)
     log.write({"step": 6, "loss": 0.9})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
