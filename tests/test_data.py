@@ -119,16 +119,26 @@ def test_what_is_held_out_is_never_streamed(npz):
 
 
 def test_folder(tmp_path):
+    """Shorter side to size, centre crop, mirrored half of the time, as the position alone decides."""
     for label, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
         (tmp_path / label).mkdir()
         for k in range(3):
-            image = Image.new("RGB", (40 + 7 * k, 30), colour)
-            image.paste((0, 255, 0), (0, 0, 8, 30))                 # cropped away or mirrored
-            image.save(tmp_path / label / f"{k}.jpg", quality=95)
+            image = Image.new("RGB", (48 + 4 * k, 32), colour)
+            image.paste((0, 255, 0), (0, 0, 4, 32))                             # cropped away
+            image.paste((255, 255, 255), (24 + 2 * k, 0, 48 + 4 * k, 32))       # the right half
+            image.save(tmp_path / label / f"{k}.png")
     data = open_dataset(f"folder:{tmp_path}", size=16)
-    x, y = data[np.arange(6)]
-    assert data.names == ["blue", "red"] and x.shape == (6, 3, 16, 16)
-    assert ((x[:, 0, 8, 8] > 0) == (y == 1)).all() and ((x[:, 2, 8, 8] > 0) == (y == 0)).all()
+    x, y = data[np.arange(96)]
+    assert data.names == ["blue", "red"] and x.shape == (96, 3, 16, 16)
+    assert torch.bincount(y).tolist() == [48, 48]
+    plain = torch.full((2, 3, 16, 16), -1.0)
+    plain[0, 2], plain[1, 0], plain[..., 8:] = 1.0, 1.0, 1.0
+    mirrored = x[:, 1, 8, 0] > 0
+    away_from_the_edge = [*range(5), *range(11, 16)]
+    expected = torch.where(mirrored[:, None, None, None], plain[y].flip(-1), plain[y])
+    assert_close(x[..., away_from_the_edge], expected[..., away_from_the_edge], rtol=0, atol=0.01)
+    assert 32 < mirrored.sum() < 64
+    assert_close(data[np.arange(30, 50)][0], x[30:50], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mode, size, value", [
