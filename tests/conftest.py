@@ -5,6 +5,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.set_num_threads(1)        # the networks here are small: more threads only wait for one another
 
 
 @pytest.fixture(autouse=True)
