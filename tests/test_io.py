@@ -203,6 +203,42 @@ def test_an_encoded_folder_and_its_stream(tmp_path, monkeypatch):
         latents.encode(latents.Options(**{**vars(strict), "out": str(out), "size": 64, "shard": 20}))
 
 
+def test_a_folder_that_has_changed_is_encoded_again_where_it_has(tmp_path, monkeypatch):
+    """A damaged image replaced: its shard alone is made anew. Images gone: their shards too. Other classes or
+    another autoencoder: refused."""
+    net = Halves()
+    monkeypatch.setattr(latents, "load_autoencoder", lambda name: (latents.AUTOENCODERS[name], net))
+    root, out = make_images(tmp_path / "images", 46), tmp_path / "out"
+    options = latents.Options(data=f"folder:{root}", vae="e2e-vavae", size=32, out=str(out), shard=20,
+                              workers=0, device="cpu")
+
+    def encode():
+        before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+        latents.encode(options)
+        return sorted(int(path.name[-15:-12]) for path in out.glob("*.safetensors")
+                      if before.get(path.name) != path.stat().st_mtime_ns)
+    assert encode() == [0, 1, 2]
+    damaged = sorted(root.glob("*/0008.jpg")) + sorted(root.glob("*/0040.jpg"))
+    with_bad = encode()                         # what could not be read is tried again
+    for path in damaged:
+        Image.new("RGB", (40, 40)).save(path)
+    assert encode() == with_bad and len(open_latents(out, 0)) == 46 and encode() == []
+    for path in sorted(root.glob("class2/*"))[5:]:
+        path.unlink()
+    stale = (out / "latents_rank00_shard002.safetensors").read_bytes()
+    (out / "latents_rank00_shard007.safetensors").write_bytes(stale)
+    encode()
+    assert len(list(out.glob("*.safetensors"))) == 2 and len(open_latents(out, 0)) == 46 - 10
+    monkeypatch.setattr(Halves, "state_dict", lambda self: {"w": torch.ones(3)})
+    with pytest.raises(ValueError, match="encoded with weights"):
+        encode()
+    monkeypatch.undo()
+    monkeypatch.setattr(latents, "load_autoencoder", lambda name: (latents.AUTOENCODERS[name], net))
+    (root / "class0").rename(root / "other")
+    with pytest.raises(ValueError, match="encoded with classes"):
+        encode()
+
+
 def write_shards(folder, shards, each, shape):
     """A folder as UCGM and LightningDiT publish it: no manifest. Returns the latents, N(0, 1)."""
     folder.mkdir()
