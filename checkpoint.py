@@ -124,6 +124,7 @@ def read_config(metadata):
 
 # ---- models -------------------------------------------------------------------------------------------
 
+NETWORK = ("num_classes", "in_channels", "input_size", "patch_size", "blocks")      # what a network must have
 SAMPLING = {"vae", "sample_steps", "kappa", "rho", "schedule", "gap", "cfg_scale", "cfg_interval"}
 
 
@@ -135,6 +136,10 @@ def build(config, shape, num_classes):
     switches = {"x_pred": True} if config.x_pred else {}
     net = models[config.model](in_channels=shape[0], input_size=shape[-1], num_classes=num_classes,
                                **switches)
+    if missing := [name for name in NETWORK if not hasattr(net, name)]:
+        raise ValueError(f"{config.model} lacks the attributes {', '.join(missing)}: see CONTRIBUTING.md")
+    if config.grad_checkpoint and not hasattr(net, "grad_checkpoint"):
+        raise ValueError(f"{config.model} does not know grad_checkpoint: leave it out")
     net.grad_checkpoint = config.grad_checkpoint
     return net
 

@@ -60,7 +60,10 @@ class Transport(NamedTuple):
 
     def call(self, net, x_t, t, y):
         """F_t like x_t (B, ...), asked in the network's own time and sign; net(x, t, y) -> like x."""
-        return self.sign * net(x_t, self.net_time(t), y).to(x_t.dtype)
+        F_t = net(x_t, self.net_time(t), y)
+        if F_t.shape != x_t.shape:
+            raise ValueError(f"the network returns {tuple(F_t.shape)} for x {tuple(x_t.shape)}: not like x")
+        return self.sign * F_t.to(x_t.dtype)
 
     def solve(self, F_t, x_t, t):
         """x_hat, z_hat like x_t. For any F_t, alpha z_hat + gamma x_hat = x_t."""

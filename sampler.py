@@ -26,6 +26,8 @@ def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1):
     N is steps, or (steps + 1) // 2 with order 2. gap: distance of t_0 from 1, and of t_{N-1} from 0 (0: a
     step from it). schedule: the Kumaraswamy warp (1 - (1 - u^a)^b)^c of u = 1 - t, which moves the ends too.
     """
+    if not (isinstance(gap, (tuple, list)) and isinstance(schedule, (tuple, list))):
+        raise ValueError(f"gap {gap} must be two numbers and schedule {schedule} three, such as (.001, .5)")
     (a, b, c), (gap0, gap1) = schedule, gap
     if steps < 1 or order not in (1, 2):
         raise ValueError(f"steps {steps} must be at least 1 and order {order} either 1 or 2")

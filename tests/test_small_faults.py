@@ -10,10 +10,12 @@ from test_fid import Statistics, statistics
 from toys import GOLDEN, images_of, run, write_folder
 
 import fid
-from checkpoint import load_model
-from config import read_config
+import model
+from checkpoint import build, load_model
+from config import Config, read_config
 from objective import Objective
 from published import clean
+from sampler import time_grid
 
 
 @pytest.fixture
@@ -68,6 +70,30 @@ def test_a_recipe_draws_its_own_run(home, capsys):
     """Never the newest run of another recipe."""
     _, _, err = run("sample.py", "--recipe", "shapes-few", capsys=capsys)
     assert "no model at runs/shapes-few" in err
+
+
+def test_a_network_must_return_what_it_gets_and_have_what_is_asked(monkeypatch):
+    """Else a shape would broadcast in silence, and attributes surface one by one."""
+    x, z = torch.zeros(2, 2, 3, 4, 4)
+    t, y, drop = torch.full((2,), 0.5), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"returns \(2, 1, 4, 4\) for x \(2, 3, 4, 4\)"):
+        Objective()(lambda x, t, y: x[:, :1], x, y, t, z, drop)
+    monkeypatch.setitem(model.MODELS, "bare", lambda **shape: torch.nn.Identity())
+    with pytest.raises(ValueError, match="num_classes, in_channels, input_size, patch_size, blocks"):
+        build(Config(model="bare"), (3, 8, 8), 4)
+    net = torch.nn.Identity()
+    net.num_classes, net.in_channels, net.input_size, net.patch_size, net.blocks = 4, 3, 8, 1, []
+    monkeypatch.setitem(model.MODELS, "bare", lambda **shape: net)
+    assert build(Config(model="bare"), (3, 8, 8), 4) is net
+    del net.grad_checkpoint
+    with pytest.raises(ValueError, match="does not know grad_checkpoint"):
+        build(Config(model="bare", grad_checkpoint=True), (3, 8, 8), 4)
+
+
+def test_a_gap_is_two_numbers():
+    for wrong in (dict(gap=0.5), dict(schedule=1.0)):
+        with pytest.raises(ValueError, match="must be two numbers"):
+            time_grid(4, **wrong)
 
 
 # ---- foreign files ------------------------------------------------------------------------------------
