@@ -62,7 +62,7 @@ PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
 @contextlib.contextmanager
 def ignore_disk_errors(what, tell, passing=PASSING):
     """A full or failing disk does not end a run: tell(line), and go on. ValueError for an error that does not
-    pass; None: all do."""
+    pass by itself; passing None: any error is told."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
@@ -134,6 +134,8 @@ def build(config, shape, num_classes):
     if config.model not in models:
         raise ValueError(f"unknown model {config.model!r}; nearest: {nearest(config.model, models)}")
     switches = {"x_pred": True} if config.x_pred else {}
+    if config.x_pred and not hasattr(models[config.model], "keywords"):
+        raise ValueError(f"{config.model} has no x_pred: add --no-x_pred")
     net = models[config.model](in_channels=shape[0], input_size=shape[-1], num_classes=num_classes,
                                **switches)
     if missing := [name for name in NETWORK if not hasattr(net, name)]:
@@ -279,21 +281,21 @@ def state_tensors(nets, optimizer=None):
 
 
 def save_state(out, tensors, net, config, names, step):
-    """Write the state and the models of the averages; forget all states but the newest."""
+    """Write the models of the averages and the state; forget all states but the newest."""
     out = Path(out)
-    temporary = out / "state.tmp"
+    for k, decay in enumerate(config.ema):      # before the state: where that is complete, so are these
+        prefix = f"ema{decay:g}."
+        weights = {name.removeprefix(prefix): value for name, value in tensors.items()
+                   if name.startswith(prefix)}
+        name = f"model_ema{decay:g}.safetensors" if k else "model.safetensors"
+        save_model(out / name, weights, net, config, names)
+    temporary = out / "state.tmp"               # its name is known when its bytes are
     try:
         safetensors.torch.save_file(tensors, temporary, write_metadata(net, config, names, step=str(step)))
         written = out / f"state_{step:08d}.{checksum(temporary)}.safetensors"
         atomic_write(written, temporary.rename)
     finally:
         temporary.unlink(missing_ok=True)
-    for k, decay in enumerate(config.ema):
-        prefix = f"ema{decay:g}."
-        weights = {name.removeprefix(prefix): value for name, value in tensors.items()
-                   if name.startswith(prefix)}
-        name = f"model_ema{decay:g}.safetensors" if k else "model.safetensors"
-        save_model(out / name, weights, net, config, names)
     for path in find_states(out)[KEEP:]:
         if path != written:
             path.unlink()

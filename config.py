@@ -42,7 +42,7 @@ FIXED_LENGTH = ("enhance_range", "time_beta", "betas", "schedule", "gap", "cfg_i
 class Config:
     recipe: str = setting("shapes", "a row of the recipes below", "the run")
     out: str = setting("", "folder of the run; empty: runs/RECIPE")
-    init_from: str = setting("", "start from, be taught by: a run, a file, hf://USER/REPO[/FILE]")
+    init_from: str = setting("", "first weights, and the teacher: a run, a file, hf://USER/REPO[/FILE]")
     seed: int = setting(0, "decides everything random", least=0)
     fresh: bool = setting(False, "start over; what the folder held is renamed, not lost")
     allow_change: bool = setting(False, "resume although settings that change the result differ")
@@ -78,7 +78,7 @@ class Config:
     batch_size: int = setting(64, "over all processes and accumulation steps; a multiple of 16", least=1)
     micro_batch: int = setting(0, "most images in one pass of one process; 0: its whole share", least=0)
     optimizer: str = setting("adamw", "adamw, radam, or muon (for the matrices of attention and MLP)")
-    lr: float = setting(2e-3, "learning rate after warm-up")
+    lr: float = setting(2e-3, "learning rate after warm-up", least=0)
     betas: tuple = setting((0.9, 0.99), "of the optimiser")
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no limit", least=0)
     warmup: int = setting(200, "steps over which lr rises from 0", least=0)
@@ -89,7 +89,7 @@ class Config:
     kappa: float | str = setting("auto", "extrapolation: a number, or auto (second order)")
     rho: float | str = setting(0.0, "stochasticity: 0..1, or sde")
     schedule: tuple = setting((1.0, 1.0, 1.0), "warp of the time grid")
-    gap: tuple = setting((0.001, 0.001), "distance of the grid from t = 1 and t = 0")
+    gap: tuple = setting((0.001, 0.001), "distance of the grid from t = 1, and the time of the last call")
     cfg_scale: float = setting(1.0, "classifier-free guidance; 1: off")
     cfg_interval: tuple = setting((0.0, 1.0), "where it is on, in the network's own time")
 
@@ -103,10 +103,13 @@ class Config:
 
     def __post_init__(self):
         check_numbers(self)
-        if max(self.warmdown, *self.ema) > 1 or len(set(self.ema)) < len(self.ema):
-            raise ValueError(f"warmdown {self.warmdown}, ema {text_of(self.ema)} must lie in 0..1, each once")
-        if self.seed >= 2**63 or self.cfg_interval[0] > self.cfg_interval[1]:
-            raise ValueError(f"seed {self.seed} must be below 2^63, cfg_interval {self.cfg_interval} rise")
+        if self.warmdown > 1 or not self.ema or max(self.ema) > 1 or len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"warmdown {self.warmdown} and ema {text_of(self.ema)} must lie in 0..1, and "
+                             "no ema come twice")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed {self.seed} must be below 2^63")
+        if self.cfg_interval[0] > self.cfg_interval[1]:
+            raise ValueError(f"cfg_interval {text_of(self.cfg_interval)} must rise, such as .2,.8")
         for name, allowed in WORDS.items():
             if getattr(self, name) not in allowed:
                 words = ", ".join(word for word in allowed if word)
@@ -155,7 +158,7 @@ class SamplerFlags:
     rho: float | str | None = setting(None, "stochasticity: 0..1, or sde")
     order: int | None = setting(None, "1, or 2 (Heun)")
     schedule: tuple | None = setting(None, "warp of the time grid")
-    gap: tuple | None = setting(None, "distance of the grid from t = 1 and t = 0")
+    gap: tuple | None = setting(None, "distance of the grid from t = 1, and the time of the last call")
     cfg_scale: float | None = setting(None, "classifier-free guidance; 1: off")
     cfg_interval: tuple | None = setting(None, "where it is on, in the network's own time")
 
@@ -167,7 +170,7 @@ class SamplerFlags:
 
 
 # ---- recipes ------------------------------------------------------------------------------------------
-# A few-step row starts from the run of the row above it. The comments: score @ network calls (RESULTS.md).
+# A few-step row starts from the many-step run of its name. The comments: score @ network calls (RESULTS.md).
 
 X_PRED = dict(x_pred=True, gap=(0.001, 0.05))           # such a network divides by max(t, .05)
 SHAPES = dict(data="shapes", model="TiT-XXS/8", **X_PRED)

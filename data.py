@@ -260,7 +260,7 @@ def open_torchvision(name, root, seed):
     return from_arrays(x, y, names, seed, mirror=name == "cifar10")
 
 
-# ---- the one door -------------------------------------------------------------------------------------
+# ---- by name ------------------------------------------------------------------------------------------
 
 def open_dataset(name, size=None, seed=0, labels="all", root="data", cache=None):
     """The stream called `name`, of the table above but for latents. It has .shape (C, S, S), .names of the

@@ -13,6 +13,7 @@ import threading
 import time
 import timeit
 import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,13 +25,16 @@ MAX_SKIPPED = 100   # steps in a row that are not finite, after which the run en
 
 
 def run(script):
-    """Call script(). A ValueError is for the user to mend: one line and status 2. Anything else is a bug."""
+    """Call script(). A ValueError that this repository raises is for the user to mend: one line, status 2.
+    Anything else is a bug, and has its traceback."""
     try:
         script()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Exception:
+    except Exception as error:
+        origin, here = traceback.extract_tb(error.__traceback__)[-1], Path(__file__).resolve().parent
+        ours = Path(origin.filename).resolve().parent in (here, here / "experiments")
+        if isinstance(error, ValueError) and ours and origin.line.startswith("raise"):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
         if rank_and_world()[1] == 1:
             raise
         traceback.print_exc()       # a peer is lost: leave at once, a goodbye would wait for it
@@ -163,7 +167,7 @@ def wrap(net, device, fsdp, compiled):
         model = DistributedDataParallel(net, broadcast_buffers=False)
     if compiled:
         model = compile_network(model, device)
-    model.num_classes = net.num_classes
+    model.num_classes = net.num_classes     # the objective reads it; DDP and compile hide it
     return model
 
 
@@ -177,8 +181,8 @@ def gradient_sync(net, model, on):
 
 
 def not_finite_to_nan(loss):
-    """The mean of a loss (B,), whose gradient is NaN if one is not finite: that of an infinite root is 0, and
-    the step would go unseen."""
+    """The mean of a loss (B,), whose gradient is NaN if one is not finite: an infinite loss has gradient 0,
+    and would not be noticed."""
     return loss.mean() * torch.where(loss.detach().isfinite().all(), 1.0, torch.nan)
 
 
@@ -190,7 +194,7 @@ def clip_gradient(net, largest):
 
 def optimizer_step(optimizer, finite):
     """One step, or none where the gradient is not finite (a bool tensor on the device)."""
-    if type(optimizer) is torch.optim.AdamW:    # the fused kernel looks itself: the host does not wait
+    if type(optimizer) is torch.optim.AdamW:    # fused: its kernel looks at found_inf, the host does not wait
         optimizer.found_inf = (~finite).float()
         optimizer.step()
     elif finite:                                    # RAdam and Muon: the host waits for one number
@@ -202,10 +206,11 @@ class Skipped:
     """Counts the steps that optimizer_step left out, on the device, so that counting does not wait for it."""
 
     def __init__(self, device):
-        self.counts = torch.zeros(3, device=device)     # since the last report, in a row, a t of the last one
+        # since the last report; in a row; the largest t of a loss that was not finite, or -1
+        self.counts, self.in_a_row = torch.tensor([0.0, 0.0, -1.0], device=device), 0
 
     def look(self, loss, t):
-        """Remember a time t (B,) at which the loss (B,) is not finite."""
+        """Remember the times t (B,) at which the loss (B,) is not finite."""
         self.counts[2] = torch.where(loss.isfinite(), self.counts[2], t).max()
 
     def add(self, finite):
@@ -213,19 +218,23 @@ class Skipped:
         self.counts[1] = (self.counts[1] + 1) * ~finite
 
     def take(self, step, group, tell):
-        """How many since the last report; begin anew. ValueError after MAX_SKIPPED in a row."""
-        lost, in_a_row, bad_t = self.counts.tolist()
-        self.counts[[0, 2]] = 0
+        """How many since the last report; begin anew."""
+        lost, self.in_a_row, bad_t = self.counts.tolist()
+        self.counts[0], self.counts[2] = 0, -1
         if lost:
             times = enumerate(gather(bad_t, group))
-            seen = ", ".join(f"t = {t:.3f} on process {rank}" for rank, t in times if t)
+            seen = [f"t = {t:.3f} on process {rank}" for rank, t in times if t >= 0]
             if rank_and_world()[0] == 0:
-                tell(f"step {step}: {int(lost)} steps skipped, loss or gradient not finite (last at {seen})")
-        if in_a_row >= MAX_SKIPPED:
-            raise ValueError(f"{int(in_a_row)} steps in a row were not finite, up to step {step}: the last "
-                             "checkpoint is good. Look at the data, or lower --lr, and run the same command "
-                             "with --allow_change")
+                what = f"the loss, up to {', '.join(seen)}," if seen else "the gradient"
+                tell(f"step {step}: {int(lost)} steps skipped: {what} is not finite")
         return int(lost)
+
+    def check(self, step):
+        """ValueError after MAX_SKIPPED in a row."""
+        if self.in_a_row >= MAX_SKIPPED:
+            raise ValueError(f"{int(self.in_a_row)} steps in a row were not finite, up to step {step}: the "
+                             "last checkpoint is good. Look at the data, or lower --lr, and run the same "
+                             "command with --allow_change")
 
 
 # ---- signals ------------------------------------------------------------------------------------------

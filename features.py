@@ -15,6 +15,7 @@ import torchvision
 from tqdm import tqdm
 
 from checkpoint import atomic_write
+from engine import one_line
 from images import locked
 
 ASSETS = Path(__file__).parent / "assets"
@@ -86,7 +87,7 @@ def inception_weights(path):
                                                weights_only=True)
         return torch.load(file, map_location="cpu", weights_only=True), file_hash(file)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise ValueError(f"no Inception weights in {file} ({reason}): put {INCEPTION} there, or give "
                          "--weights FILE") from error
 

@@ -377,8 +377,8 @@ def evaluate(options):
     else:
         size = model.shape[-1] if source.startswith(("shapes", "folder:")) else None
         open_stream = lambda seed, labels="all": open_dataset(source, size, seed, labels, options.data_dir)
-        run = options.ckpt if Path(options.ckpt).is_dir() else Path.home() / ".cache" / "nanoucgm"
-        data, features = open_stream(1000, model.config.labels), small_features(kind, open_stream, run)
+        folder = options.ckpt if Path(options.ckpt).is_dir() else Path.home() / ".cache" / "nanoucgm"
+        data, features = open_stream(1000, model.config.labels), small_features(kind, open_stream, folder)
         num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
         real, floor = small_reference(options, features, data, num)
     seeds = range(options.seed * num, (options.seed + 1) * num)

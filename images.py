@@ -16,6 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from engine import one_line
+
 CACHE_FROM = 500            # a smaller folder is read again at each start
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -106,8 +108,7 @@ def read_rgb(path, on_white=True):
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read the image {path} ({reason}): replace or remove it") from error
+        raise ValueError(f"cannot read the image {path} ({one_line(error)}): replace or remove it") from error
 
 
 def read_square(path, size):
@@ -172,10 +173,12 @@ def read_folder(folder, size, cache=None, progress=True):
         with contextlib.suppress(OSError):      # a disk that does not take it: then it stays in memory
             if cache:
                 for old in Path(cache).iterdir():
-                    if re.fullmatch(r"images\d+_[0-9a-f]{16}\.(npy|json)", old.name):
+                    if re.fullmatch(rf"images{size}_[0-9a-f]{{16}}\.(npy|json)", old.name):
                         old.unlink()
                 np.save(Path(cache) / f"{name}.npy", x)
-                (Path(cache) / f"{name}.json").write_text(json.dumps(rows))
+                temporary = Path(cache) / f"{name}.tmp"         # last, and at once: it says that all is there
+                temporary.write_text(json.dumps(rows))
+                temporary.rename(Path(cache) / f"{name}.json")
         return x, rows
 
 

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import atomic_write, hub_errors
-from config import read_flags, recipe_row, setting
+from config import RECIPES, read_flags, recipe_row, setting
 from data import FiniteDataset, noise_like_seed
 from engine import init_distributed, leave_distributed, one_line, pick_device, print0, rank_and_world, run
 from images import find_classes, read_many, read_rgb
@@ -144,7 +144,7 @@ def load_autoencoder(name):
             load = getattr(diffusers, kind.loader).from_pretrained
             net = load(path or kind.home, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     except (OSError, EOFError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise ValueError(f"cannot load {name} from {path or kind.home} ({reason}): give --vae {short}=PATH, "
                          "a local copy, or fetch it where there is a network") from error
     return kind, net.eval().requires_grad_(False)
@@ -336,8 +336,11 @@ def finish(out, settings):
     for leftover in out.glob("*.tmp"):
         leftover.unlink()
     count = sum(len(shard["pictures"]) for shard in shards.values())
+    fits = [name for name, row in RECIPES.items() if row.get("vae", "")[:2] == settings["vae"][:2]
+            and row.get("image_size") == settings["size"] and name.startswith("in")]
+    recipe = f"--recipe {fits[0]}" if fits else f"--recipe in256-sd --vae {settings['vae']}"
     print(*bad, f"{out}: {count} images encoded, {len(bad)} could not be read. Next: python train.py "
-          f"--recipe in{settings['size']}-sd --data latents:{out}, or that of this autoencoder", sep="\n")
+          f"{recipe} --data latents:{out}", sep="\n")
 
 
 # ---- reading ------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from data import image_grid
 from engine import sum_over_ranks
 from sample import generate
 
-# flop/s of dense bfloat16 products, by the device's name as torch gives it; no share is printed for others
+# flop/s of dense bfloat16 products, by the device's name as torch gives it; no mfu for other devices
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12,
         "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
         "NVIDIA GeForce RTX 4090": 165e12}
@@ -132,7 +132,7 @@ def flops_per_image(net):
 
 
 def forwards(objective):
-    """What a training step costs, in forward passes: 3 with the backward one, and those without gradient."""
+    """What a training step costs, in forward passes: 3 for forward and backward, 1 for each other call."""
     teacher = {"none": 0, "ft-vs-fe": 1, "fc-vs-xz": 1, "fc-vs-fe": 2}[objective.style] * (objective.zeta > 0)
     if objective.lam == 0:
         return 3 + teacher

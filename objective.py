@@ -2,17 +2,18 @@
 
 A transport mixes noise into data, and a network F regresses one combination of the two:
 
-    x_t = alpha(t) z + gamma(t) x      z_t = alpha_hat(t) z + gamma_hat(t) x      t = 0: data, t = 1: NOISE
+    x_t = alpha(t) z + gamma(t) x       v = alpha_hat(t) z + gamma_hat(t) x       t = 0: data, t = 1: NOISE
 
 Mind the letters: **alpha multiplies the noise, gamma the data**. Most flow papers swap them.
 
 | symbol         | meaning                                                                             |
 |----------------|-------------------------------------------------------------------------------------|
 | x, z, y        | data (B, C, H, W), noise z ~ N(0, I) of the same shape, class (B,)                  |
-| t, x_t, z_t    | time (B,) in [0, 1], the mixture that the network sees, the target of its output    |
+| t, x_t, v      | time (B,) in [0, 1], the mixture that the network sees, the target of its output    |
 | F_t            | the network's output F(x_t, t, y)                                                   |
 | x_hat, z_hat   | the data and the noise that F_t implies: x_t and F_t solved for x and z             |
-| v, v_star      | the target z_t of this x and z, and the same after enhancement                      |
+| v_star         | v after enhancement; x_star, z_star: the data and the noise that it implies         |
+| D, d           | d x_hat / dt along a path, and the determinant of the two equations above           |
 | lam            | consistency ratio: 0 many-step diffusion or flow, 1 few-step consistency            |
 | zeta           | enhancement ratio: how much guidance is trained into the network                    |
 | kappa, rho     | extrapolation and stochasticity of the sampler (sampler.py)                         |
@@ -204,12 +205,13 @@ class Objective:
         """The loss of each sample, (B,), time weight included.
 
         net, teacher: (x_t, t, y) -> F like x_t; net.num_classes is the null class. x, z (B, C, H, W), t (B,)
-        in [0, 1], y (B,) int64; drop (B,) bool: these rows become the null class. ValueError: no such class,
+        in [0, 1], y (B,) int64; drop (B,) bool: these rows become the null class. ValueError: no null class,
         or no teacher.
         """
         transport, null = resolve(self.transport), getattr(net, "num_classes", None)
         self.check_networks(null, drop, teacher)
         if null is not None:
+            drop = drop & (null > 0)                    # without classes there is none to drop
             y = torch.where(drop, null, y)
         t = t.clamp(1e-4, 1 - 1e-4)                     # 0 and 1 are limits of what follows, not values
         alpha, gamma, alpha_hat, gamma_hat = transport.at(t, x)
@@ -224,6 +226,8 @@ class Objective:
                 x_hat, _ = transport.solve(F_t, x_t, t)
                 D = self.dx_dt(net, transport, x_star, z_star, t, y, x_hat)
                 d = alpha * gamma_hat - gamma * alpha_hat
+                # alpha / d is d x_hat / dF: the way in which F moves x_hat against D. 4 / sin(pi t/2) weighs
+                # the times, and the clip keeps one image from ruling a batch, both as published.
                 target = F_t - alpha / d * 4 / expand(sin(t), d) * D.clamp(-1, 1)
 
         square = (F_t - target).square().flatten(1).mean(1)                                  # (B,)
@@ -250,6 +254,9 @@ class Objective:
         | ft-vs-fe | the online network at y | the teacher at null | training; the teacher is its EMA  |
         | fc-vs-fe | the frozen teacher at y | the teacher at null | tuning anybody's model            |
         | fc-vs-xz | the frozen teacher at y | v itself            | tuning a model trained with zeta  |
+
+        v + zeta (guided - reference) inside enhance_range, (v + guided) / 2 outside it, (v + reference) / 2
+        where the label is dropped. With fc-vs-xz and zeta 1 the teacher's answer itself is the target.
         """
         if self.zeta == 0:
             return v
@@ -265,7 +272,8 @@ class Objective:
     def dx_dt(self, net, transport, x_star, z_star, t, y, x_hat):
         """D, (B, C, H, W): how fast the predicted data change on the path through x_star and z_star.
 
-        x_hat: the prediction at t. D = (x_hat(t) - x_hat(lam t)) / (t - lam t); at lam = 1 the derivative.
+        x_hat: the prediction at t. D = (x_hat(t) - x_hat(lam t)) / (t - lam t); at lam = 1 the derivative,
+        whose t + dt and t - dt may leave [0, 1]: the formulas of the path extend there.
         """
         def data_at(r):
             alpha, gamma, _, _ = transport.at(r, x_star)

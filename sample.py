@@ -130,6 +130,10 @@ LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000}       # pixels of a
 
 # ---- a page, or many ----------------------------------------------------------------------------------
 
+def page_columns(classes):
+    return len(classes) if 4 <= len(classes) <= 12 else 8
+
+
 def check_page(out, columns, count, side):
     """ValueError if a page cannot be written, or is larger than its format can hold."""
     folder = Path(out).parent
@@ -154,12 +158,8 @@ def draw_page(out, model, seeds, options, classes):
             seen.clear()
         bar.update(len(x))
     bar.close()
-    if options.trajectory:
-        page = image_grid(torch.cat(strips), steps)
-    else:
-        columns = len(classes or model.names)
-        page = image_grid(torch.cat(images), columns if 4 <= columns <= 12 else 8)
-    page.save(out)
+    columns = steps if options.trajectory else page_columns(classes or model.names)
+    image_grid(torch.cat(strips or images), columns).save(out)
 
 
 def save_arrays(path, **arrays):
@@ -217,7 +217,8 @@ def main(options):
     classes = [class_number(word, model.names) for word in options.classes.split(",") if word]
     nfe = model.nfe(**options.given())
 
-    check_page(options.out, 8, len(seeds), model.net.input_size)
+    columns = 1 if options.trajectory else page_columns(classes or model.names)
+    check_page(options.out, columns, len(seeds), model.net.input_size)
     start = time.perf_counter()
     (draw_npz if suffix == ".npz" else draw_page)(options.out, model, seeds, options, classes)
     seconds, steps = time.perf_counter() - start, model.config.sampler(**options.given())["steps"]

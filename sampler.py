@@ -23,8 +23,9 @@ from objective import predict, resolve
 def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1):
     """Times t_0 > t_1 > ... > t_{N-1} of the network calls, then 0: a list of N + 1 floats.
 
-    N is steps, or (steps + 1) // 2 with order 2. gap: distance of t_0 from 1, and of t_{N-1} from 0 (0: a
-    step from it). schedule: the Kumaraswamy warp (1 - (1 - u^a)^b)^c of u = 1 - t, which moves the ends too.
+    N is steps, or (steps + 1) // 2 with order 2, which calls twice a step. gap: distance of t_0 from 1 and of
+    t_{N-1} from 0, so for two steps gap[1] is the time of the second call; 0: one even step before 0.
+    schedule: the Kumaraswamy warp (1 - (1 - u^a)^b)^c of u = 1 - t, which moves the ends too.
     """
     if not (isinstance(gap, (tuple, list)) and isinstance(schedule, (tuple, list))):
         raise ValueError(f"gap {gap} must be two numbers and schedule {schedule} three, such as (.001, .5)")
@@ -60,7 +61,8 @@ def kappa_at(kappa, times, i):
     x is built from extrapolated predictions, so each correction re-enters the next: in all it weighs
     kappa / (1 - kappa). Adams-Bashforth asks for 1/2 on an even grid, so for kappa = 1/3. Larger values
     overshoot the path, which sharpens. "auto" is its answer on any grid: r^2 / (1 + 2 r) with
-    r = h_i / h_{i-1}, and r / 2 at step 1, which has no correction to carry yet.
+    r = h_i / h_{i-1}, and r / 2 at step 1, which has no correction to carry yet. A number begins at step 2,
+    as published.
     """
     if kappa != "auto":
         return kappa if i >= 2 else 0.0
@@ -71,7 +73,7 @@ def kappa_at(kappa, times, i):
 
 
 def rho_at(rho, transport, now, after):
-    """The share of fresh noise; "sde" adds it as fast as the path loses it."""
+    """The share of fresh noise; "sde": 2 |dt| alpha(now) / alpha(after)^2, at most 1."""
     if rho != "sde":
         return rho
     return float((2 * (now - after).abs() * transport.alpha(now) / transport.alpha(after) ** 2).clamp(0, 1))

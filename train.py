@@ -7,7 +7,7 @@
 
 A run writes images, log.jsonl, model.safetensors and checkpoints into runs/RECIPE (--out). To resume, run the
 same command again: it goes on as if nothing had happened, on any number of processes. SIGTERM and Ctrl-C end
-the step, save and exit; SIGUSR1 saves and goes on. A larger --steps extends the run.
+the step, save and exit; SIGUSR1 saves and goes on. A larger --steps extends the run (its rate rises again).
 """
 import copy
 import math
@@ -136,7 +136,9 @@ def make_optimizer(config, net, dtype):
         return Muon(net, dtype, config.lr, config.betas, weight_decay=0.0, fused=True)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(weights, config.lr, config.betas, weight_decay=0.0, fused=True)
-    return torch.optim.RAdam(weights, config.lr, config.betas)
+    if config.optimizer == "radam":
+        return torch.optim.RAdam(weights, config.lr, config.betas)
+    raise ValueError(f"make_optimizer does not know {config.optimizer!r}")
 
 
 def learning_rate(config, step):
@@ -155,6 +157,13 @@ def average(ema, net, decay, step):
 
 # ---- before the first step ----------------------------------------------------------------------------
 
+def find_state(config):
+    """The newest good state of the run, or None. --fresh puts its folder aside, unless torchrun restarts."""
+    if config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return set_aside(config.out)
+    return newest_state(config.out)
+
+
 def open_data(config):
     """The stream that the config names. What the data alone know goes into the config."""
     kind, _, path = config.data.partition(":")
@@ -168,7 +177,7 @@ def open_data(config):
     else:
         size = config.image_size or None
         data = open_dataset(config.data, size, config.seed, config.labels, config.data_dir, config.out)
-    config.fingerprint = data.fingerprint
+    config.fingerprint = getattr(data, "fingerprint", "")
     return data
 
 
@@ -221,8 +230,8 @@ def held_out_loss(objective, net, teacher, x, y):
     """The loss on images that are never trained on, at fixed times and noise."""
     t = ((torch.arange(len(x), device=x.device) + 0.5) / len(x)).to(x)
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    keep = torch.zeros_like(y, dtype=torch.bool)
-    groups = zip(*(v.split(64) for v in (x, y, t, z, keep)))
+    drop = torch.zeros_like(y, dtype=torch.bool)
+    groups = zip(*(v.split(64) for v in (x, y, t, z, drop)))
     return torch.cat([objective(net, *group, teacher) for group in groups]).mean().item()
 
 
@@ -298,13 +307,13 @@ def last_words(config, stop, step, first, saved):
 def main(config):                                                                       # noqa: C901
     rank, world = rank_and_world()
     device, out = pick_device(config.device), Path(config.out)
-    data, objective, accumulate = open_data(config), config.objective(), split_batch(config, world)
-    held_out = [value.to(device) for value in data.hold_out(HELD_OUT)]
-
-    # Where does the run stand? Process 0 looks, all agree. --fresh counts once, though torchrun may restart.
+    objective, accumulate = config.objective(), split_batch(config, world)
     control = init_distributed(device)
-    fresh = config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    state = None if fresh else from_rank0(lambda: newest_state(out), control)
+
+    # Where does the run stand? Process 0 looks, all agree.
+    state = from_rank0(lambda: find_state(config), control)
+    data = open_data(config)
+    held_out = [value.to(device) for value in data.hold_out(HELD_OUT)]
     before, first, old_names = read_state(state) if state else (None, 0, data.names)
     dtype = from_rank0(lambda: pick_dtype(config.dtype, device), control)
     if before and config.dtype == "auto":
@@ -323,8 +332,8 @@ def main(config):                                                               
     if config.zeta > 0:
         nets["teacher"] = frozen_copy()
     emas, teacher = [nets[f"ema{decay:g}"] for decay in config.ema], nets.get("teacher")
-    if config.fsdp:
-        for module in (module for n in nets.values() for module in (*n.blocks, n)):
+    for network in nets.values() if config.fsdp else ():
+        for module in (*network.blocks, network):
             fully_shard(module, reshard_after_forward=True)
     optimizer = make_optimizer(config, net, dtype)
     if state:
@@ -337,8 +346,6 @@ def main(config):                                                               
     batches = open_batches(data, config, accumulate, first, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device)
 
-    if fresh and rank == 0:
-        set_aside(out)
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     print0(f"{config.model}, {millions:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; "
            f"{device}, {config.dtype}{', compiled' * compiled}{', sharded' * config.fsdp}")
@@ -351,7 +358,7 @@ def main(config):                                                               
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=rank > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 10)
     log = Log(out, config, first, bar.write) if rank == 0 else None
-    drawer = Model(emas[0], config, data.names, device, dtype, decoder(config, device))
+    ema_model = Model(emas[0], config, data.names, device, dtype, decoder(config, device))
     losses, skipped, saved = LossByTime(objective, device), Skipped(device), True
     clock, clock_step = time.perf_counter(), first
 
@@ -359,10 +366,11 @@ def main(config):                                                               
         for step in range(first, config.steps + 1):     # one more: the last is looked at and saved
             stop, save_now = signals.agree()
             due = step % config.save_every == 0 or step == config.steps
-            if due and (step > first or first == 0):
-                look(drawer, objective, teacher, held_out, step, out, log)
-            if stop or (due or save_now) and step > first:
+            if due and not stop and (step > first or first == 0):       # a resumed run has looked already
+                look(ema_model, objective, teacher, held_out, step, out, log)
+            if stop or ((due or save_now) and step > first):
                 saved = save(nets, optimizer, config, data.names, step, out, log)
+                clock, clock_step = time.perf_counter(), step           # not a part of the speed
             if stop or step == config.steps:
                 break
 
@@ -390,17 +398,19 @@ def main(config):                                                               
             else:
                 bar.update()
 
-            # A line of the log. Only here does the host wait for the device.
+            # A line of the log. With AdamW only here does the host wait for the device.
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 line = {"step": step + 1, "images": (step + 1) * config.batch_size, **losses.take()}
                 speed = (step + 1 - clock_step) * config.batch_size / (time.perf_counter() - clock)
                 line |= {"grad_norm": norm.item(), "lr": learning_rate(config, step), "images_per_s": speed,
                          "skipped": skipped.take(step + 1, control, bar.write),
                          **utilisation(net, objective, device, speed / world)}
-                bar.set_postfix_str(f"loss {line['loss'] or math.nan:.4f}, {speed:.0f} images/s")
+                loss = math.nan if line["loss"] is None else line["loss"]
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
                 clock, clock_step = time.perf_counter(), step + 1
                 if log:
                     log.write(line)
+                skipped.check(step + 1)
 
     if log:
         log.close()

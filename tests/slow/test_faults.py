@@ -138,7 +138,8 @@ def test_a_lost_process_is_restarted_by_torchrun():
 
 
 def test_a_full_disk_is_survived(home, capsys):
-    """The save that does not fit is said, the state before it kept, and the run goes on."""
+    """The save that does not fit is said, the state before it kept, and the run goes on; if its end does not
+    fit either, it says so with status 2, and the same command ends it where there is room."""
     disk = home / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(disk)]
@@ -153,7 +154,8 @@ def test_a_full_disk_is_survived(home, capsys):
             except OSError:
                 pass
         status, out, err = run("train.py", *FLAGS, "--steps", 25, "--out", disk / "run", capsys=capsys)
-        assert status == 0 and "the checkpoint of step 20 could not be written" in out + err
+        assert status == 2 and "the checkpoint of step 20 could not be written" in out + err
+        assert "step 25 is not in" in err
         assert [int(path.name[6:14]) for path in states(disk / "run")] == [10]
         assert not list((disk / "run").glob("*.tmp"))
         (disk / "ballast").unlink()
