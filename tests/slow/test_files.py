@@ -67,8 +67,8 @@ def files_of(out):
 
 @pytest.mark.parametrize("name, kills", [("sd-ema", 5), ("dc-ae", 2)])
 def test_encoding_survives_being_killed(tmp_path, vaes, name, kills):
-    """300 images, killed with -9 on the way: every good one once, bytes as in an undisturbed run, on one process
-    and on two."""
+    """300 images, killed with -9 on the way: every good one once, bytes as in an undisturbed run, on one
+    process and on two."""
     root = make_images(tmp_path / "images", 300)
     text = finish(encode(root, vaes[name], tmp_path / "calm"))
     assert "298 images encoded, 2 could not be read" in text and "0008.jpg" in text and "0040.jpg" in text
