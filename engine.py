@@ -25,8 +25,8 @@ MAX_SKIPPED = 100   # steps in a row that are not finite, after which the run en
 
 
 def run(script):
-    """Call script(). A ValueError that this repository raises is for the user to mend: one line, status 2.
-    Anything else is a bug, and has its traceback."""
+    """Call script(). A ValueError raised in this repository is one line for the user, and status 2; anything
+    else is a bug, and has its traceback."""
     try:
         script()
     except Exception as error:
@@ -112,7 +112,7 @@ def sum_over_ranks(tensor):
 # ---- device and precision -----------------------------------------------------------------------------
 
 def pick_device(wanted):
-    """A torch.device, this process's own if there are several. ValueError if the wanted one is not there."""
+    """A torch.device, this process's own if there are several."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     there = [name for name in there if there[name]]
     name = there[0] if wanted == "auto" else wanted

@@ -49,8 +49,7 @@ def split_batch(config, world):
     share, rest = divmod(config.batch_size, unit)
     if rest or not share:
         near = " or ".join(str(n * unit) for n in (share, share + 1) if n)
-        raise ValueError(f"batch_size {config.batch_size} is not a multiple of {unit}, {BLOCK} a process: "
-                         f"use {near}")
+        raise ValueError(f"batch_size {config.batch_size} is no multiple of {BLOCK} a process: use {near}")
     if largest < BLOCK:
         raise ValueError(f"micro_batch {largest} is smaller than a block: use at least {BLOCK}")
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n * BLOCK <= largest)
@@ -117,9 +116,7 @@ class Muon(torch.optim.AdamW):
     def step(self):
         lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
         for weight in self.matrices:
-            if not self.state[weight]:
-                self.state[weight]["momentum"] = torch.zeros_like(weight)
-            momentum = self.state[weight]["momentum"]
+            momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
             momentum.lerp_(weight.grad, 0.05)
             change = orthogonal(weight.grad.lerp(momentum, 0.95), self.dtype)       # Nesterov's momentum
             weight.mul_(1 - lr * decay).add_(change, alpha=-0.2 * lr * max(weight.shape) ** 0.5)
@@ -179,10 +176,10 @@ def open_data(config):
 
 
 def load_start(config, net, names):
-    """Put the weights of --init_from into the network. ValueError if they are of another one, or know other
-    classes (published files number theirs)."""
+    """Put the weights of --init_from into the network. ValueError for another one, or other classes."""
     start, other, known = load_model(config.init_from)
-    if known != names and not all(name.isdigit() for name in known) and not config.allow_change:
+    numbered = all(name.isdigit() for name in known)        # as published files have them
+    if known != names and not numbered and not config.allow_change:
         raise ValueError(f"{config.init_from} knows the classes {known}, and {config.data} has {names}: "
                          "if that is meant, add --allow_change")
     shapes, wanted = ({name: value.shape for name, value in n.state_dict().items()} for n in (start, net))
@@ -221,7 +218,7 @@ def check_setup(config, data, net, before, first, old_names):
 @torch.no_grad()
 def held_out_loss(objective, net, teacher, x, y):
     """The loss on images that are never trained on, at fixed times and noise."""
-    t = ((torch.arange(len(x), device=x.device) + 0.5) / len(x)).to(x)
+    t = (torch.arange(len(x)).to(x) + 0.5) / len(x)
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     drop = torch.zeros_like(y, dtype=torch.bool)
     groups = zip(*(v.split(64) for v in (x, y, t, z, drop)))
@@ -249,8 +246,7 @@ def look(model, objective, teacher, held_out, step, out, log):
 
 
 def save(nets, optimizer, config, names, step, out, log):
-    """The state and the models, by process 0; with FSDP all processes hand in their shards. False if the disk
-    did not take them."""
+    """The state and the models, by process 0; with FSDP all hand in shards. False: the disk failed."""
     tensors = state_tensors(nets, optimizer) if log.writes or config.fsdp else None
     with ignore_disk_errors(f"the checkpoint of step {step}", log.tell):
         if log.writes:
@@ -282,8 +278,8 @@ def last_words(config, stop, step, first, saved):
     if not saved:
         raise ValueError(f"step {step} is not in {config.out}: free some disk space and run it again")
     if stop:
-        print0(f"stopped by {signal.Signals(stop).name} at step {step} of {config.steps}; "
-               "the same command resumes")
+        name = signal.Signals(stop).name
+        print0(f"stopped by {name} at step {step} of {config.steps}; the same command resumes")
         return
     if first == config.steps:
         print0("this run is complete; a larger --steps extends it, --fresh starts over")
@@ -384,18 +380,18 @@ def main(config):                                                               
                 clock, clock_step = time.perf_counter(), step + 1
             bar.update()
 
-            # A line of the log. With AdamW only here does the host wait for the device.
-            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                line = {"step": step + 1, "images": (step + 1) * config.batch_size, **losses.take()}
-                speed = (step + 1 - clock_step) * config.batch_size / (time.perf_counter() - clock)
+            done = step + 1     # a line of the log: with AdamW only here does the host wait for the device
+            if done % config.log_every == 0 or done == config.steps:
+                line = {"step": done, "images": done * config.batch_size, **losses.take()}
+                speed = (done - clock_step) * config.batch_size / (time.perf_counter() - clock)
                 line |= {"grad_norm": norm.item(), "lr": learning_rate(config, step), "images_per_s": speed,
-                         "skipped": skipped.take(step + 1, control, log.tell),
+                         "skipped": skipped.take(done, control, log.tell),
                          **utilisation(net, objective, device, speed / world)}
                 loss = math.nan if line["loss"] is None else line["loss"]
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
-                clock, clock_step = time.perf_counter(), step + 1
+                clock, clock_step = time.perf_counter(), done
                 log.write(line)
-                skipped.check(step + 1)
+                skipped.check(done)
 
     log.close()
     last_words(config, stop, step, first, saved)
