@@ -25,8 +25,8 @@ MAX_SKIPPED = 100   # steps in a row that are not finite, after which the run en
 
 
 def run(script):
-    """Call script(). A ValueError that this repository raises is for the user to mend: one line, status 2.
-    Anything else is a bug, and has its traceback."""
+    """Call script(). A ValueError raised in this repository is one line for the user, and status 2; anything
+    else is a bug, and has its traceback."""
     try:
         script()
     except Exception as error:
@@ -64,19 +64,16 @@ def rank_batches(count, batch_size, rank, world):
 
 
 def init_distributed(device=None, timeout=datetime.timedelta(minutes=30)):
-    """Enter the process group, if there are several: nccl on GPUs, gloo elsewhere (device None: always).
-
-    Returns a group on the CPU for what processes tell each other beside the tensors, or None.
-    """
+    """Enter the process group, if there are several: nccl for a GPU, else gloo. Returns a group on the CPU
+    for what processes tell each other beside the tensors, or None."""
     rank, world = rank_and_world()
     if world == 1:
         return None
-    store = None
-    several_agents = os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not several_agents:
-        # torchrun keeps one store over its restarts, with the addresses of dead peers: use a new prefix
-        agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore(f"restart{os.environ['TORCHELASTIC_RESTART_COUNT']}", agent)
+    env, store = os.environ, None
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+        # one agent keeps its store over restarts, with the addresses of dead peers: use a new prefix
+        agent = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"restart{env['TORCHELASTIC_RESTART_COUNT']}", agent)
     on_gpu = device is not None and device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -92,14 +89,6 @@ def leave_distributed():
         dist.destroy_process_group()
 
 
-def from_rank0(make, group):
-    """make() of process 0, in every process."""
-    found = [make() if rank_and_world()[0] == 0 else None]
-    if group is not None:
-        dist.broadcast_object_list(found, group=group)
-    return found[0]
-
-
 def gather(value, group):
     """The values of all processes, in a list, in every process."""
     if group is None:
@@ -107,6 +96,11 @@ def gather(value, group):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def from_rank0(make, group):
+    """make() of process 0, in every process."""
+    return gather(make() if rank_and_world()[0] == 0 else None, group)[0]
 
 
 def sum_over_ranks(tensor):
@@ -118,12 +112,12 @@ def sum_over_ranks(tensor):
 # ---- device and precision -----------------------------------------------------------------------------
 
 def pick_device(wanted):
-    """A torch.device, this process's own if there are several. ValueError if the wanted one is not there."""
+    """A torch.device, this process's own if there are several."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(name for name in there if there[name]) if wanted == "auto" else wanted
-    if not there.get(name):
-        has = ", ".join(name for name in there if there[name])
-        raise ValueError(f"device {wanted!r} is not available; this machine has: {has}")
+    there = [name for name in there if there[name]]
+    name = there[0] if wanted == "auto" else wanted
+    if name not in there:
+        raise ValueError(f"device {wanted!r} is not available; use one of: {', '.join(there)}")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
@@ -148,16 +142,7 @@ def autocast(device, dtype):
 
 def can_compile(device):
     """torch.compile is of no use on mps, and on a CPU needs a C++ compiler."""
-    has_compiler = bool(shutil.which(os.environ.get("CXX", "g++")))
-    return device.type == "cuda" or device.type == "cpu" and has_compiler
-
-
-def compile_network(net, device):
-    """torch.compile, with the same result for the same command."""
-    if device.type == "cpu":        # else two threads add up the gradient of the classes in any order
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False     # a help in debugging that costs time
-    return torch.compile(net)
+    return device.type == "cuda" or device.type == "cpu" and bool(shutil.which(os.environ.get("CXX", "g++")))
 
 
 def wrap(net, device, fsdp, compiled):
@@ -165,24 +150,25 @@ def wrap(net, device, fsdp, compiled):
     model = net
     if rank_and_world()[1] > 1 and not fsdp and any(p.requires_grad for p in net.parameters()):
         model = DistributedDataParallel(net, broadcast_buffers=False)
+    if compiled and device.type == "cpu":   # else two threads add up the gradient of the classes in any order
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False     # a help in debugging that costs time
     if compiled:
-        model = compile_network(model, device)
+        model = torch.compile(model)
     model.num_classes = net.num_classes     # the objective reads it; DDP and compile hide it
     return model
 
 
-@contextlib.contextmanager
 def gradient_sync(net, model, on):
-    """Whether this backward pass sends its gradients to the other processes: once a step is enough."""
+    """A context: does this backward pass send its gradients to the other processes? Once a step is enough."""
     if hasattr(net, "set_requires_gradient_sync"):              # FSDP2
         net.set_requires_gradient_sync(on)
-    with contextlib.nullcontext() if on or not hasattr(model, "no_sync") else model.no_sync():
-        yield
+    return contextlib.nullcontext() if on or not hasattr(model, "no_sync") else model.no_sync()
 
 
 def not_finite_to_nan(loss):
-    """The mean of a loss (B,), whose gradient is NaN if one is not finite: an infinite loss has gradient 0,
-    and would not be noticed."""
+    """The mean of a loss (B,), with gradient NaN if one is not finite: that of an infinite loss is 0, and
+    would not be noticed."""
     return loss.mean() * torch.where(loss.detach().isfinite().all(), 1.0, torch.nan)
 
 
@@ -218,26 +204,27 @@ class Skipped:
         self.counts[1] = (self.counts[1] + 1) * ~finite
 
     def take(self, step, group, tell):
-        """How many since the last report; begin anew."""
+        """How many since the last report, and tell(line) of them; begin anew."""
         lost, self.in_a_row, bad_t = self.counts.tolist()
         self.counts[0], self.counts[2] = 0, -1
         if lost:
             times = enumerate(gather(bad_t, group))
-            seen = [f"t = {t:.3f} on process {rank}" for rank, t in times if t >= 0]
-            if rank_and_world()[0] == 0:
-                what = f"the loss, up to {', '.join(seen)}," if seen else "the gradient"
-                tell(f"step {step}: {int(lost)} steps skipped: {what} is not finite")
+            seen = ", ".join(f"t = {t:.3f} on process {rank}" for rank, t in times if t >= 0)
+            what = f"the loss, up to {seen}," if seen else "the gradient"
+            tell(f"step {step}: {lost:.0f} steps skipped: {what} is not finite")
         return int(lost)
 
     def check(self, step):
-        """ValueError after MAX_SKIPPED in a row."""
         if self.in_a_row >= MAX_SKIPPED:
-            raise ValueError(f"{int(self.in_a_row)} steps in a row were not finite, up to step {step}: the "
-                             "last checkpoint is good. Look at the data, or lower --lr, and run the same "
-                             "command with --allow_change")
+            raise ValueError(f"{self.in_a_row:.0f} steps up to step {step} were not finite: check the data "
+                             "or lower --lr, and resume with --allow_change")
 
 
 # ---- signals ------------------------------------------------------------------------------------------
+
+STOP = (signal.SIGTERM, signal.SIGINT)
+SAVE = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()      # Windows has none
+
 
 class Signals:
     """SIGTERM and Ctrl-C ask to stop, SIGUSR1 to save: flags that all processes agree on once a step.
@@ -250,10 +237,7 @@ class Signals:
         self.flags, self.group = torch.zeros(2, dtype=torch.int32), group
 
     def __enter__(self):
-        handlers = {signal.SIGTERM: self.on_stop, signal.SIGINT: self.on_stop}
-        if hasattr(signal, "SIGUSR1"):              # Windows has none
-            handlers[signal.SIGUSR1] = self.on_save
-        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self.before = {number: signal.signal(number, self.hear) for number in STOP + SAVE}
         self.reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
         signal.set_wakeup_fd(self.writer.fileno())  # the system writes every signal there, at once
@@ -268,27 +252,24 @@ class Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def on_stop(self, number, frame):
-        self.flags[0] = number
-
-    def on_save(self, number, frame):
-        self.flags[1] = 1
+    def hear(self, number, frame):
+        self.flags[0 if number in STOP else 1] = number
 
     def watch(self):
         """Leave, without saving, when GRACE is over or somebody asks to stop a second time."""
         asked = None
         while True:
-            self.reader.settimeout(None if asked is None else max(0.01, asked + GRACE - time.monotonic()))
             try:
                 number = self.reader.recv(1)
             except TimeoutError:
                 break
             if not number:                          # the run is over
                 return
-            if number[0] in (signal.SIGTERM, signal.SIGINT):
+            if number[0] in STOP:
                 if asked and time.monotonic() - asked > 5:      # a terminal and torchrun both send Ctrl-C
                     break
                 asked = asked or time.monotonic()
+                self.reader.settimeout(GRACE)
         os.write(2, b"\nstopped without saving: the same command resumes from the last checkpoint\n")
         os._exit(1)
 

@@ -6,7 +6,6 @@ import math
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -14,57 +13,61 @@ from PIL import Image, ImageDraw
 
 from checkpoint import atomic_write, claim_folder, ignore_disk_errors
 from data import image_grid
-from engine import sum_over_ranks
+from engine import rank_and_world, sum_over_ranks
 from sample import generate
 
-# flop/s of dense bfloat16 products, by the device's name as torch gives it; no mfu for other devices
+# flop/s of dense bfloat16 products, by torch's name of the device; no mfu for others
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12,
         "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
         "NVIDIA GeForce RTX 4090": 165e12}
 
 
 class Log:
-    """log.jsonl in the folder of a run, which it locks: a header for each start, then a line a report."""
+    """log.jsonl in a run's folder, which it locks: a header a start, a line a report. Process 0 writes."""
 
     def __init__(self, out, config, first, tell):
-        self.lock = claim_folder(out)
-        self.path, self.tell, self.board, self.wandb = Path(out) / "log.jsonl", tell, None, None
+        self.writes = rank_and_world()[0] == 0
+        self.tell = tell if self.writes else lambda line: None
+        if not self.writes:
+            return
+        self.lock, self.path = claim_folder(out), Path(out) / "log.jsonl"
         kept = [line for line in read_log(out) if line.get("step", 0) <= first]     # the rest comes again
         with ignore_disk_errors(self.path, tell, None):
             text = "".join(json.dumps(line) + "\n" for line in kept)
             atomic_write(self.path, lambda file: file.write_text(text))
-        try:
-            if config.report_to == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(out)
-            if config.report_to == "wandb":
-                import wandb        # the project is $WANDB_PROJECT
-                settings = dataclasses.asdict(config)
-                self.wandb = wandb.init(name=config.recipe, config=settings, dir=out, resume="allow")
-        except ImportError as error:
-            raise ValueError(f"{error.name} is not installed: pip install {error.name}, "
-                             "or leave --report_to out") from error
+        self.report = reporter(config, out)
         self.write({"config": dataclasses.asdict(config), "commit": commit(), "torch": torch.__version__,
                     "python": platform.python_version(), "from_step": first})
 
     def close(self):
-        self.lock.close()
+        if self.writes:
+            self.lock.close()
 
     def write(self, line):
-        line = {name: value if finite(value) else None for name, value in line.items()}
+        if not self.writes:
+            return
+        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        line = line | {name: None for name, value in numbers.items() if not math.isfinite(value)}   # no JSON
         with ignore_disk_errors(self.path, self.tell, None), open(self.path, "a") as file:
             print(json.dumps(line), file=file)
-        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
-        if self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, line.get("step", 0))
-        if self.wandb and "step" in line:
-            self.wandb.log(numbers, step=line["step"])
+        if "step" in line:
+            self.report(numbers, line["step"])
 
 
-def finite(value):
-    """JSON has no NaN and no infinity."""
-    return not isinstance(value, float) or math.isfinite(value)
+def reporter(config, out):
+    """A function of (numbers by name, step) that hands them to tensorboard or wandb, if config says so."""
+    try:
+        if config.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(out)
+            return lambda numbers, step: [board.add_scalar(*number, step) for number in numbers.items()]
+        if config.report_to == "wandb":
+            import wandb            # the project is $WANDB_PROJECT
+            settings = dataclasses.asdict(config)
+            return wandb.init(name=config.recipe, config=settings, dir=out, resume="allow").log
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed: pip install it, or omit --report_to") from error
+    return lambda numbers, step: None
 
 
 def read_log(out):
@@ -72,27 +75,18 @@ def read_log(out):
     path, lines = Path(out) / "log.jsonl", []
     for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
-            line = json.loads(text, parse_constant=lambda word: None)
-            lines += [line] if isinstance(line, dict) and isinstance(line.get("step", 0), int) else []
-    return lines
+            lines.append(json.loads(text, parse_constant=lambda word: None))
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step", 0), int)]
 
 
 def commit():
-    """git describe of this repository, or "" where there is no git, or the folder is part of another one."""
-    here = Path(__file__).resolve().parent
+    """git describe of this repository; "" without git, or for a copy inside another repository."""
+    words = "git --git-dir=.git describe --always --dirty".split()
     try:
-        root, name = (subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
-                      for words in (("rev-parse", "--show-toplevel"), ("describe", "--always", "--dirty")))
-        return name if root == str(here) else ""
+        here = Path(__file__).resolve().parent
+        return subprocess.run(words, cwd=here, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
-
-
-def start_clock(bar):
-    """Count the first step, which has compiled, and let the bar's estimate and the clock begin after it."""
-    bar.n = bar.initial = bar.last_print_n = bar.n + 1
-    bar.start_t = bar.last_print_t = bar._time()
-    return time.perf_counter()
 
 
 class LossByTime:
@@ -170,31 +164,30 @@ def preview(model):
     return image_grid(x, columns)
 
 
-def draw_curves(out, size=(900, 420)):
+def draw_curves(out):
     """loss.png beside log.jsonl: the unweighted loss by fifths of t, on a log scale; the held-out loss."""
-    lines = read_log(out)
+    lines, log10 = read_log(out), lambda value: math.log10(max(value, 1e-6))
     rows = [line for line in lines if None not in line.get("loss_by_t", [None])]
     if len(rows) < 2:
         return
-    values = torch.tensor([row["loss_by_t"] for row in rows]).clamp_min(1e-6).log10()   # (rows, 5)
-    low, high, steps = values.min().item(), values.max().item() + 1e-3, rows[-1]["step"]
-    left, top, right, bottom = 70, 20, size[0] - 130, size[1] - 40
-    page = Image.new("RGB", size, "white")
+    curves = {f"t {k / 5:.1f} to {k / 5 + 0.2:.1f}":
+              [(row["step"], log10(row["loss_by_t"][k])) for row in rows] for k in range(5)}
+    curves["held out"] = [(line["step"], log10(line["held_out_loss"]))
+                          for line in lines if line.get("held_out_loss")]
+    steps, values = zip(*(point for curve in curves.values() for point in curve))
+    last, low, high = max(steps), min(values), max(values) + 1e-3
+    left, top, right, bottom = 70, 20, 770, 380
+    page = Image.new("RGB", (900, 420), "white")
     pen = ImageDraw.Draw(page)
     pen.rectangle((left, top, right, bottom), outline="#bbbbbb")
-
-    def point(step, value):
-        x, y = min(step, steps) / steps, (min(max(value, low), high) - low) / (high - low)
-        return left + (right - left) * x, bottom - (bottom - top) * y
+    height = lambda value: bottom - (bottom - top) * (value - low) / (high - low)
     for k in range(5):
         value = low + (high - low) * k / 4
-        pen.text((8, point(0, value)[1] - 6), f"{10**value:.4f}", fill="black")
-    for k, colour in enumerate(("#3b4cc0", "#7b9ff9", "#9a9a9a", "#f4987a", "#b40426")):
-        pen.line([point(row["step"], v) for row, v in zip(rows, values[:, k].tolist())], fill=colour, width=2)
-        pen.text((right + 10, top + 18 * k), f"t {k / 5:.1f} to {(k + 1) / 5:.1f}", fill=colour)
-    held_out = [(line["step"], line["held_out_loss"]) for line in lines if line.get("held_out_loss")]
-    if len(held_out) > 1:
-        pen.line([point(step, torch.tensor(v).log10().item()) for step, v in held_out], fill="black", width=1)
-        pen.text((right + 10, top + 18 * 6), "held out", fill="black")
-    pen.text((left, bottom + 12), f"loss by time against steps, 0 to {steps}", fill="black")
+        pen.text((8, height(value) - 6), f"{10**value:.4f}", fill="black")
+    colours = ("#3b4cc0", "#7b9ff9", "#9a9a9a", "#f4987a", "#b40426", "black")
+    for k, (name, colour) in enumerate(zip(curves, colours)):
+        places = [(left + (right - left) * step / last, height(value)) for step, value in curves[name]]
+        pen.line(places, fill=colour, width=2)
+        pen.text((right + 10, top + 18 * k), name, fill=colour)
+    pen.text((left, bottom + 12), f"loss by time against steps, 0 to {last}", fill="black")
     page.save(Path(out) / "loss.png")

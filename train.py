@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from checkpoint import (atomic_write, build, ignore_disk_errors, load_model, newest_state, read_state,
                         restore_state, save_state, set_aside, state_tensors)
-from config import RECIPES, Config, differences, read_config, recipe, text_of
+from config import RECIPES, Config, differences, read_config, text_of
 from data import key, open_dataset, select_labels
 from engine import (Signals, Skipped, autocast, can_compile, clip_gradient, from_rank0, gradient_sync,
                     init_distributed, leave_distributed, not_finite_to_nan, optimizer_step, pick_device,
                     pick_dtype, print0, rank_and_world, run, wrap)
 from latents import decoder, open_latents
-from log import Log, LossByTime, draw_curves, preview, start_clock, utilisation
+from log import Log, LossByTime, draw_curves, preview, utilisation
 from objective import resolve
 from sample import Model
 from sampler import check_sampler, time_grid
@@ -45,17 +45,14 @@ TEACHER_EMA = 0.999     # decay of the teacher of ft-vs-fe
 
 def split_batch(config, world):
     """Accumulation steps for a batch dealt out to `world` processes. ValueError names sizes that can be."""
-    share, rest = divmod(config.batch_size, BLOCK * world)
+    unit, largest = BLOCK * world, config.micro_batch or config.batch_size
+    share, rest = divmod(config.batch_size, unit)
     if rest or not share:
-        unit = BLOCK * world
-        near = " or ".join(str(n * unit) for n in sorted({max(1, share), share + 1}))
-        raise ValueError(f"batch_size {config.batch_size} cannot be dealt out to {world} processes in blocks "
-                         f"of {BLOCK}; use a multiple of {unit}, such as {near}")
-    largest = config.micro_batch or config.batch_size
-    fits = [n for n in range(1, share + 1) if share % n == 0 and share // n * BLOCK <= largest]
-    if not fits:
-        raise ValueError(f"micro_batch {config.micro_batch} is smaller than a block; use at least {BLOCK}")
-    return fits[0]
+        near = " or ".join(str(n * unit) for n in (share, share + 1) if n)
+        raise ValueError(f"batch_size {config.batch_size} is no multiple of {BLOCK} a process: use {near}")
+    if largest < BLOCK:
+        raise ValueError(f"micro_batch {largest} is smaller than a block: use at least {BLOCK}")
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n * BLOCK <= largest)
 
 
 def blocks_of(config, accumulate, turn):
@@ -68,17 +65,16 @@ def sample_indices(config, accumulate, first):
     """The positions in the data stream of each micro-batch of this process, from step `first` on."""
     for step in range(first, config.steps):
         for turn in range(accumulate):
-            blocks = blocks_of(config, accumulate, turn)
-            starts = step * config.batch_size + BLOCK * np.array(blocks)
+            starts = step * config.batch_size + BLOCK * np.array(blocks_of(config, accumulate, turn))
             yield (starts[:, None] + np.arange(BLOCK)).flatten()
 
 
 def open_batches(data, config, accumulate, first, device):
     """Micro-batches x, y, read by worker processes beside a GPU."""
-    workers = 4 if device.type == "cuda" else 0
+    on_gpu = device.type == "cuda"
     return iter(torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=sample_indices(config, accumulate, first), num_workers=workers,
-        pin_memory=device.type == "cuda", multiprocessing_context="fork" if workers else None,
+        data, batch_size=None, sampler=sample_indices(config, accumulate, first), pin_memory=on_gpu,
+        num_workers=4 if on_gpu else 0, multiprocessing_context="fork" if on_gpu else None,
         worker_init_fn=lambda k: os.setpgid(0, 0)))     # a signal to the group is for the main process
 
 
@@ -120,9 +116,7 @@ class Muon(torch.optim.AdamW):
     def step(self):
         lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
         for weight in self.matrices:
-            if not self.state[weight]:
-                self.state[weight]["momentum"] = torch.zeros_like(weight)
-            momentum = self.state[weight]["momentum"]
+            momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
             momentum.lerp_(weight.grad, 0.05)
             change = orthogonal(weight.grad.lerp(momentum, 0.95), self.dtype)       # Nesterov's momentum
             weight.mul_(1 - lr * decay).add_(change, alpha=-0.2 * lr * max(weight.shape) ** 0.5)
@@ -131,9 +125,9 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(config, net, dtype):
-    weights = [p for p in net.parameters() if p.requires_grad]
     if config.optimizer == "muon":
         return Muon(net, dtype, config.lr, config.betas, weight_decay=0.0, fused=True)
+    weights = [p for p in net.parameters() if p.requires_grad]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(weights, config.lr, config.betas, weight_decay=0.0, fused=True)
     if config.optimizer == "radam":
@@ -172,7 +166,7 @@ def open_data(config):
         config.vae, config.latent_mean, config.latent_std = data.latent
         select_labels(data, config.labels)
     elif config.vae:
-        raise ValueError(f"{config.recipe} is for latents of {config.vae}, found data {config.data}: "
+        raise ValueError(f"{config.recipe} wants latents of {config.vae}, found data {config.data}: "
                          "give --data latents:DIR (python latents.py encode makes one)")
     else:
         size = config.image_size or None
@@ -182,36 +176,33 @@ def open_data(config):
 
 
 def load_start(config, net, names):
-    """Put the weights of --init_from into the network. ValueError if they are of another one, or know other
-    classes (published files number theirs)."""
+    """Put the weights of --init_from into the network. ValueError for another one, or other classes."""
     start, other, known = load_model(config.init_from)
-    if known != names and not all(name.isdigit() for name in known) and not config.allow_change:
-        raise ValueError(f"{config.init_from} was trained on the classes {known}, and {config.data} has "
-                         f"{names}: each would start as another one; if that is meant, add --allow_change")
+    numbered = all(name.isdigit() for name in known)        # as published files have them
+    if known != names and not numbered and not config.allow_change:
+        raise ValueError(f"{config.init_from} knows the classes {known}, and {config.data} has {names}: "
+                         "if that is meant, add --allow_change")
     shapes, wanted = ({name: value.shape for name, value in n.state_dict().items()} for n in (start, net))
     if shapes != wanted or (other.transport, other.x_pred) != (config.transport, config.x_pred):
-        raise ValueError(f"{config.init_from} is {other.model} on {other.transport}, {start.input_size} px, "
-                         f"{start.num_classes} classes, x_pred {other.x_pred}; this run is {config.model} on "
-                         f"{config.transport}, {net.input_size} px, {net.num_classes}, {config.x_pred}")
+        was, now = (f"{c.model} on {c.transport}, {n.input_size} px, {n.num_classes} classes, "
+                    f"x_pred {c.x_pred}" for c, n in ((other, start), (config, net)))
+        raise ValueError(f"{config.init_from} is {was}; this run is {now}")
     net.load_state_dict(start.state_dict())
 
 
 def check_setup(config, data, net, before, first, old_names):
     """Every reason not to start, as a ValueError. before, first, old_names: of the run that goes on."""
-    s = config.sampler()
+    s, guided = config.sampler(), config.zeta > 0
     times = time_grid(s["steps"], s["schedule"], s["gap"])
     check_sampler(resolve(config.transport), times, s["kappa"], s["rho"], 1, s["cfg_scale"], len(data.names))
     if hasattr(data, "__len__") and len(data) < config.batch_size:
-        raise ValueError(f"{config.data} has {len(data)} images to train on, fewer than one batch of "
-                         f"{config.batch_size}: add images, or lower --batch_size")
+        raise ValueError(f"{config.data} has {len(data)} images to train on: lower --batch_size to that")
     if config.fsdp and "RANK" not in os.environ:
-        raise ValueError("fsdp shards the network over the processes of torchrun: "
-                         "torchrun --nproc_per_node=N train.py --fsdp ...")
-    if config.zeta > 0 and config.style != "ft-vs-fe" and not config.init_from:
+        raise ValueError("fsdp needs processes: torchrun --nproc_per_node=N train.py --fsdp ...")
+    if guided and config.style != "ft-vs-fe" and not config.init_from:
         raise ValueError(f"style {config.style} needs a teacher: give --init_from, such as runs/shapes")
-    if config.zeta > 0 and config.style != "fc-vs-xz" and not net.num_classes:
-        raise ValueError(f"style {config.style} compares with the null class, and without labels there is "
-                         "none: use --labels all, or --zeta 0")
+    if guided and config.style != "fc-vs-xz" and not net.num_classes:
+        raise ValueError(f"style {config.style} needs a null class: give --labels all, or --zeta 0")
     changed = differences(before, config) if before else []
     if old_names != data.names:
         changed.append(f"classes: {old_names} -> {data.names}")
@@ -219,8 +210,7 @@ def check_setup(config, data, net, before, first, old_names):
         raise ValueError(f"{config.out} holds a run with other settings: {'; '.join(changed)}. Take another "
                          "--out, or --fresh to start over, or --allow_change")
     if first > config.steps:
-        raise ValueError(f"{config.out} is already at step {first}: give --steps {first} or more, "
-                         "or --fresh to start over")
+        raise ValueError(f"{config.out} is already at step {first}: raise --steps, or start over by --fresh")
 
 
 # ---- now and then -------------------------------------------------------------------------------------
@@ -228,7 +218,7 @@ def check_setup(config, data, net, before, first, old_names):
 @torch.no_grad()
 def held_out_loss(objective, net, teacher, x, y):
     """The loss on images that are never trained on, at fixed times and noise."""
-    t = ((torch.arange(len(x), device=x.device) + 0.5) / len(x)).to(x)
+    t = (torch.arange(len(x)).to(x) + 0.5) / len(x)
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     drop = torch.zeros_like(y, dtype=torch.bool)
     groups = zip(*(v.split(64) for v in (x, y, t, z, drop)))
@@ -237,19 +227,18 @@ def held_out_loss(objective, net, teacher, x, y):
 
 def look(model, objective, teacher, held_out, step, out, log):
     """Held-out loss and a page of images. With FSDP all processes work, process 0 writes."""
-    if log is None and not model.config.fsdp:
+    if not (log.writes or model.config.fsdp):
         return
     line, page = {"step": step}, None
     try:
         page = preview(model)
     except ValueError as error:                 # a model that has diverged
-        if log:
-            log.tell(str(error))
+        log.tell(str(error))
     if len(held_out[0]):
         with autocast(model.device, model.dtype):
             line["held_out_loss"] = held_out_loss(objective, model.net, teacher, *held_out)
-    if log:
-        log.write(line)
+    log.write(line)
+    if log.writes:
         with ignore_disk_errors("the page of images", log.tell):
             if page:
                 atomic_write(out / f"grid_{step:07d}.png", lambda path: page.save(path, "PNG"))
@@ -257,15 +246,11 @@ def look(model, objective, teacher, held_out, step, out, log):
 
 
 def save(nets, optimizer, config, names, step, out, log):
-    """The state and the models, by process 0; with FSDP all processes hand in their shards. False if the disk
-    did not take them."""
-    if log is None and not config.fsdp:
-        return True
-    tensors = state_tensors(nets, optimizer)
-    if log is None:
-        return True
+    """The state and the models, by process 0; with FSDP all hand in shards. False: the disk failed."""
+    tensors = state_tensors(nets, optimizer) if log.writes or config.fsdp else None
     with ignore_disk_errors(f"the checkpoint of step {step}", log.tell):
-        save_state(out, tensors, nets["net"], config, names, step)
+        if log.writes:
+            save_state(out, tensors, nets["net"], config, names, step)
         return True
     return False
 
@@ -276,10 +261,9 @@ def next_commands(config):
     row = RECIPES.get(config.recipe + "-few")
     if config.lam > 0 or row is None:
         return line
-    few = Config(**recipe(row, recipe=config.recipe + "-few"))
-    start = {"init_from": config.out, "data": config.data, "data_dir": config.data_dir,
-             "labels": config.labels, "image_size": config.image_size, "model": config.model,
-             "transport": config.transport}
+    few = Config(**row, recipe=config.recipe + "-few")
+    names = ("data", "data_dir", "labels", "image_size", "model", "transport")
+    start = {"init_from": config.out, **{name: getattr(config, name) for name in names}}
     flags = [f"--{name} {shlex.quote(text_of(value))}" for name, value in start.items()
              if value != getattr(few, name)]
     if config.x_pred != few.x_pred:
@@ -315,9 +299,8 @@ def main(config):                                                               
     data = open_data(config)
     held_out = [value.to(device) for value in data.hold_out(HELD_OUT)]
     before, first, old_names = read_state(state) if state else (None, 0, data.names)
-    dtype = from_rank0(lambda: pick_dtype(config.dtype, device), control)
-    if before and config.dtype == "auto":
-        dtype = getattr(torch, before.dtype)
+    wanted = before.dtype if before and config.dtype == "auto" else config.dtype
+    dtype = from_rank0(lambda: pick_dtype(wanted, device), control)
     config.dtype = str(dtype).removeprefix("torch.")
 
     # The network, its averages, its teacher.
@@ -328,10 +311,11 @@ def main(config):                                                               
         load_start(config, net, data.names)
     net = net.to(device)
     frozen_copy = lambda: copy.deepcopy(net).requires_grad_(False).eval()
-    nets = {"net": net, **{f"ema{decay:g}": frozen_copy() for decay in config.ema}}
-    if config.zeta > 0:
-        nets["teacher"] = frozen_copy()
-    emas, teacher = [nets[f"ema{decay:g}"] for decay in config.ema], nets.get("teacher")
+    emas = {decay: frozen_copy() for decay in config.ema}
+    teacher = frozen_copy() if config.zeta > 0 else None
+    nets = {"net": net, **{f"ema{decay:g}": ema for decay, ema in emas.items()}}
+    if teacher:
+        nets["teacher"] = teacher
     for network in nets.values() if config.fsdp else ():
         for module in (*network.blocks, network):
             fully_shard(module, reshard_after_forward=True)
@@ -348,17 +332,15 @@ def main(config):                                                               
 
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     print0(f"{config.model}, {millions:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; "
-           f"{device}, {config.dtype}{', compiled' * compiled}{', sharded' * config.fsdp}")
+           f"{device}, {config.dtype}{', compiled in the first step: a minute' * compiled}")
     print0(f"batch {config.batch_size} = {world} process{'es' * (world > 1)} x {accumulate} accumulation "
            f"step{'s' * (accumulate > 1)} x {config.batch_size // world // accumulate} images")
-    if compiled:
-        print0("the first step compiles, which takes about a minute")
     if state:
         print0(f"resumed from {state} at step {first} of {config.steps}")
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=rank > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 10)
-    log = Log(out, config, first, bar.write) if rank == 0 else None
-    ema_model = Model(emas[0], config, data.names, device, dtype, decoder(config, device))
+    log = Log(out, config, first, bar.write)
+    ema_model = Model(emas[config.ema[0]], config, data.names, device, dtype, decoder(config, device))
     losses, skipped, saved = LossByTime(objective, device), Skipped(device), True
     clock, clock_step = time.perf_counter(), first
 
@@ -389,31 +371,29 @@ def main(config):                                                               
             norm = clip_gradient(net, config.grad_clip)         # of all processes, so all skip or none
             skipped.add(norm.isfinite())
             optimizer_step(optimizer, norm.isfinite())
-            for ema, decay in zip(emas, config.ema):
+            for decay, ema in emas.items():
                 average(ema, net, decay, step)
-            if config.style == "ft-vs-fe" and teacher is not None:
+            if teacher and config.style == "ft-vs-fe":
                 average(teacher, net, TEACHER_EMA, step)
-            if step == first and compiled:
-                clock, clock_step = start_clock(bar), step + 1
-            else:
-                bar.update()
+            if step == first and compiled:      # the speed and the time left are those of the steps after it
+                bar.unpause()
+                clock, clock_step = time.perf_counter(), step + 1
+            bar.update()
 
-            # A line of the log. With AdamW only here does the host wait for the device.
-            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                line = {"step": step + 1, "images": (step + 1) * config.batch_size, **losses.take()}
-                speed = (step + 1 - clock_step) * config.batch_size / (time.perf_counter() - clock)
+            done = step + 1     # a line of the log: with AdamW only here does the host wait for the device
+            if done % config.log_every == 0 or done == config.steps:
+                line = {"step": done, "images": done * config.batch_size, **losses.take()}
+                speed = (done - clock_step) * config.batch_size / (time.perf_counter() - clock)
                 line |= {"grad_norm": norm.item(), "lr": learning_rate(config, step), "images_per_s": speed,
-                         "skipped": skipped.take(step + 1, control, bar.write),
+                         "skipped": skipped.take(done, control, log.tell),
                          **utilisation(net, objective, device, speed / world)}
                 loss = math.nan if line["loss"] is None else line["loss"]
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
-                clock, clock_step = time.perf_counter(), step + 1
-                if log:
-                    log.write(line)
-                skipped.check(step + 1)
+                clock, clock_step = time.perf_counter(), done
+                log.write(line)
+                skipped.check(done)
 
-    if log:
-        log.close()
+    log.close()
     last_words(config, stop, step, first, saved)
     leave_distributed()
 
