@@ -150,8 +150,9 @@ def save_model(path, tensors, net, config, names):
 
 
 @contextlib.contextmanager
-def hub_errors(what, hint):
-    """One line for whatever goes wrong with the hub, whose library raises other errors in each version."""
+def as_one_error(what, hint):
+    """A ValueError of one line for whatever goes wrong inside: damage has many names (pickle's, zipfile's,
+    unicode's, ...), and the hub's library raises other errors in each version."""
     try:
         yield
     except Exception as error:
@@ -163,7 +164,7 @@ def find_model(path):
     if str(path).startswith("hf://"):
         user, repo, name = ([*str(path)[5:].split("/", 2), "", ""])[:3]
         from huggingface_hub import hf_hub_download
-        with hub_errors(f"the hub does not give {path}", "try again, or give hf://USER/REPO[/FILE]"):
+        with as_one_error(f"the hub does not give {path}", "try again, or give hf://USER/REPO[/FILE]"):
             return Path(hf_hub_download(f"{user}/{repo}", name or "model.safetensors"))
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
@@ -175,7 +176,8 @@ def find_model(path):
 
 def read_tensors(file, device="cpu"):
     """(tensors by name, metadata, extras) of a .safetensors file or a published torch.save one."""
-    try:
+    hint = "give a model.safetensors of train.py, or a published checkpoint"
+    with as_one_error(f"{file} is no file of weights that can be read safely", hint):
         with open(file, "rb") as start:
             is_torch = start.read(2) in (b"PK", b"\x80\x02")       # zip, or the older pickle
         if is_torch:
@@ -185,9 +187,6 @@ def read_tensors(file, device="cpu"):
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
             tensors, extras = published.clean(tensors, {})
             return tensors, stored.metadata() or {}, extras
-    except Exception as error:          # damage has many names: pickle's, zipfile's, unicode's, ...
-        raise ValueError(f"{file} is no file of weights, or not a safe one ({one_line(error)}): give a "
-                         "model.safetensors of train.py, or a published checkpoint") from error
 
 
 def load_model(path, device="cpu", recipe=""):
@@ -199,11 +198,9 @@ def load_model(path, device="cpu", recipe=""):
     file, row = find_model(path), recipe_row(recipe) if recipe else {}
     tensors, metadata, extras = read_tensors(file, device)
     if metadata.get("format", "").startswith("nanoUCGM"):
-        try:
+        with as_one_error(f"{file} has damaged metadata", "take another copy"):
             config = read_config(metadata)
             names, shape = json.loads(metadata["names"]), json.loads(metadata["shape"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} has damaged metadata ({one_line(error)})") from error
         config = dataclasses.replace(config, **{name: row[name] for name in SAMPLING & row.keys()})
         net = build(config, shape, len(names))
     else:
@@ -238,7 +235,8 @@ def push(repo, net, config, names, page=None, flags=""):
         (folder / "README.md").write_text(card)
         if page:
             Image.open(page).convert("RGB").save(folder / "samples.png")
-        with hub_errors(f"the hub did not take {repo}", "give USER/REPO of who is logged in (hf auth login)"):
+        hint = "give USER/REPO of who is logged in (hf auth login)"
+        with as_one_error(f"the hub did not take {repo}", hint):
             HfApi().create_repo(repo, exist_ok=True)
             HfApi().upload_folder(repo_id=repo, folder_path=folder,
                                   commit_message=f"{config.model}, recipe {config.recipe}")
@@ -316,13 +314,10 @@ def newest_state(out):
 
 def read_state(path):
     """(Config, step, class names) of a state file."""
-    try:
-        with safetensors.safe_open(path, "pt") as stored:
-            metadata = stored.metadata() or {}
-            return read_config(metadata), int(metadata["step"]), json.loads(metadata["names"])
-    except Exception as error:
-        raise ValueError(f"{path} is no state of train.py ({one_line(error)}): remove it, and the one before "
-                         "is used") from error
+    with (as_one_error(f"{path} is no state of train.py", "remove it, and the one before is used"),
+          safetensors.safe_open(path, "pt") as stored):
+        metadata = stored.metadata() or {}
+        return read_config(metadata), int(metadata["step"]), json.loads(metadata["names"])
 
 
 @torch.no_grad()

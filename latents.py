@@ -27,10 +27,10 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import atomic_write, hub_errors
+from checkpoint import as_one_error, atomic_write
 from config import RECIPES, read_flags, recipe_row, setting
 from data import FiniteDataset, noise_like_seed
-from engine import init_distributed, leave_distributed, one_line, pick_device, print0, rank_and_world, run
+from engine import init_distributed, leave_distributed, pick_device, print0, rank_and_world, run
 from images import find_classes, read_many, read_rgb
 from published import HUB, UCGM_HOME
 
@@ -131,7 +131,8 @@ def load_autoencoder(name):
     except ImportError as error:
         raise ValueError("autoencoders come from diffusers: pip install diffusers") from error
     kind = AUTOENCODERS[short]
-    try:
+    hint = f"give --vae {short}=PATH, or fetch it where there is a network"
+    with as_one_error(f"cannot load {name} from {path or kind.home}", hint):
         if kind.loader == "ldm":
             from huggingface_hub import hf_hub_download
             file = path or hf_hub_download(kind.home, kind.home.rpartition("/")[2] + ".pt")
@@ -139,9 +140,6 @@ def load_autoencoder(name):
         else:
             load = getattr(diffusers, kind.loader).from_pretrained
             net = load(path or kind.home, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    except (OSError, EOFError, KeyError, RuntimeError) as error:
-        raise ValueError(f"cannot load {name} from {path or kind.home} ({one_line(error)}): give --vae "
-                         f"{short}=PATH, or fetch it where there is a network") from error
     return kind, net.eval().requires_grad_(False)
 
 
@@ -326,12 +324,10 @@ def finish(out, settings):
 
 def map_shard(path):
     """(name -> array, mapped into memory; the notes that encode wrote beside them). ValueError if damaged."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            notes = json.loads((file.metadata() or {}).get("notes", "{}"))
-            return {name: file.get_tensor(name).numpy() for name in file.keys()}, notes
-    except Exception as error:
-        raise ValueError(f"{path} is no file of latents, or it is cut off ({one_line(error)})") from error
+    with (as_one_error(f"{path} is no file of latents, or damaged", "remove it, or take another copy"),
+          safetensors.safe_open(path, "pt") as file):
+        notes = json.loads((file.metadata() or {}).get("notes", "{}"))
+        return {name: file.get_tensor(name).numpy() for name in file.keys()}, notes
 
 
 def read_manifest(root, vae):
@@ -392,7 +388,7 @@ def fetch(recipe):
     if recipe in HUB:
         wanted.append(("published weights", *HUB[recipe]))
     for what, home, *patterns in wanted:
-        with hub_errors(f"the hub does not give {home}, the {what}", "the same command goes on"):
+        with as_one_error(f"the hub does not give {home}, the {what}", "the same command goes on"):
             folder = Path(snapshot_download(home, allow_patterns=patterns))
         files = [file for pattern in patterns for file in sorted(folder.rglob(pattern))]
         print(f"{what}:", *files, sep="\n  ")

@@ -13,14 +13,6 @@ import torch.nn.functional as F
 
 from model import FAMILIES, NORMS, SIZES, Attention, DiT, LabelEmbed, TimeEmbed
 
-# publisher: family, and transport: which end is noise, and what the network outputs
-PUBLISHERS = {"UCGM":         ("TiT", "linear"),
-              "LightningDiT": ("LightningDiT", "relinear"),
-              "REPA":         ("SiT", "linear"),               # and REPA-E
-              "SiT":          ("SiT", "relinear"),
-              "DiT":          ("DiT", "ddpm"),
-              "DDT":          ("DDT", "relinear")}
-
 # Where the hub has weights for a recipe: the repository, then patterns of file names.
 UCGM_HOME = "sp12138sp/UCGM"
 HUB = {"repae":        ("REPA-E/sit-ldm-e2e-vavae", "*.pt", "*.safetensors"),
@@ -61,8 +53,9 @@ def clean(tensors, extras):
             if not name.startswith(("projectors.", "feat_rope."))}, extras
 
 
-def detect_publisher(tensors, extras, model, file):
-    """A key of PUBLISHERS. model: the recipe's, which decides where files are alike."""
+def detect_family(tensors, extras, model, file):
+    """(family, transport: which end is noise, and what the network outputs). model: the recipe's, which
+    decides where files are alike."""
     is_ddt = "s_embedder.proj.weight" in tensors
     wanted = ["x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight",
               "blocks.0.attn.qkv.weight", *([] if is_ddt else ["pos_embed"])]
@@ -70,15 +63,17 @@ def detect_publisher(tensors, extras, model, file):
         raise ValueError(f"{file} is of no known publisher: it lacks {', '.join(missing)} "
                          f"and has {', '.join(list(tensors)[:4])}, ...")
     if is_ddt:
-        return "DDT"
+        return "DDT", "relinear"
     if "blocks.0.mlp.w12.weight" in tensors:
-        return "LightningDiT" if "blocks.0.norm1.weight" in tensors else "UCGM"
+        if "blocks.0.norm1.weight" in tensors:
+            return "LightningDiT", "relinear"
+        return "TiT", "linear"          # UCGM
     if extras["projectors"] or not learns_sigma(tensors):
-        return "REPA"
+        return "SiT", "linear"          # REPA and REPA-E
     if extras.get("args") or model.startswith("SiT"):
-        return "SiT"
+        return "SiT", "relinear"
     if model.startswith("DiT"):
-        return "DiT"
+        return "DiT", "ddpm"
     raise ValueError(f"{file} may be a DiT or a SiT, whose files are alike: add --recipe dit or --recipe sit")
 
 
@@ -89,7 +84,7 @@ def learns_sigma(tensors):
 
 def detect_architecture(tensors, extras, model="", image_size=256, file="the file"):
     """(network without weights, {"model", "transport"}) of a file. ValueError says what is not known."""
-    family, transport = PUBLISHERS[detect_publisher(tensors, extras, model, file)]
+    family, transport = detect_family(tensors, extras, model, file)
     width = tensors["final_layer.linear.weight"].shape[1]
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     sizes = {(size["depth"], size["hidden_size"]): name for name, size in SIZES.items()}
