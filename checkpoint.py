@@ -1,8 +1,8 @@
 """Weights on disk: model.safetensors for use, state_STEP.CHECKSUM.safetensors to go on training.
 
-A model file holds the averaged weights, and in its metadata the config and the class names. A state file has
-all that decides the future of a run: weights, averages, teacher, optimiser, step, config. Randomness and the
-place in the data are functions of (seed, step), so there is nothing else. Nothing read here is ever executed.
+A model file holds averaged weights, config and class names. A state file holds all that decides the future
+of a run: weights, averages, teacher, optimiser, step, config; randomness and the place in the data are
+functions of (seed, step). Nothing read here is ever executed.
 """
 import contextlib
 import dataclasses
@@ -62,20 +62,19 @@ PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
 @contextlib.contextmanager
 def ignore_disk_errors(what, tell, passing=PASSING):
     """A full or failing disk does not end a run: tell(line), and go on. ValueError for an error that does not
-    pass by itself; passing None: any error is told."""
+    pass by itself; passing None: all do."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        number = re.search(r"os error (\d+)", str(error))       # safetensors has it in its text only
-        number = int(number[1]) if number else getattr(error, "errno", None)
-        if passing is not None and number not in passing:
+        number = re.search(r"(?:Errno|os error) (\d+)", str(error))     # safetensors has it in its text only
+        if passing and not (number and int(number[1]) in passing):
             raise ValueError(f"{what} cannot be written ({error})") from error
         tell(f"{what} could not be written ({error}): the run goes on; free some disk space")
 
 
 def claim_folder(out):
-    """Make a folder, see that it can be written to, and keep other runs out: the file returned holds a lock
-    until it is closed, or the process dies. ValueError names the process that has it."""
+    """Make a folder and keep other runs out: the file returned holds a lock until it is closed or the process
+    dies. ValueError: no right to write there, or another process has it."""
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -87,8 +86,7 @@ def claim_folder(out):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.seek(0)
-        owner = lock.read().strip()
-        raise ValueError(f"{out} is in use by {owner}: stop it, or give another --out") from error
+        raise ValueError(f"{out} is in use by {lock.read()}: stop it, or give another --out") from error
     except (ImportError, OSError):              # Windows, and file systems without locks
         pass
     lock.truncate(0)
@@ -99,7 +97,7 @@ def claim_folder(out):
 
 # ---- metadata -----------------------------------------------------------------------------------------
 
-# Names of settings in files written before they were called by the paper's letters.
+# settings in files written before they were called by the paper's letters
 OLD_NAMES = {"consistency_ratio": "lam", "enhancement_ratio": "zeta", "enhancement_style": "style",
              "extrapolation": "kappa", "stochasticity": "rho", "cosine": "cosine_loss", "beta": "time_beta",
              "weight": "time_weight", "eps": "dt", "data_output": "x_pred", "shard": "fsdp",
@@ -107,19 +105,19 @@ OLD_NAMES = {"consistency_ratio": "lam", "enhancement_ratio": "zeta", "enhanceme
 
 
 def write_metadata(net, config, names, **more):
-    shape = [net.in_channels, net.input_size, net.input_size]
     return {"format": "nanoUCGM 1", "config": json.dumps(dataclasses.asdict(config)),
-            "names": json.dumps(names), "shape": json.dumps(shape), **more}
+            "names": json.dumps(names),
+            "shape": json.dumps([net.in_channels, net.input_size, net.input_size]), **more}
 
 
 def read_config(metadata):
     """The Config in a file's metadata; settings that no longer exist are left out."""
-    stored = {OLD_NAMES.get(name, name): value for name, value in json.loads(metadata["config"]).items()}
+    stored = {OLD_NAMES.get(name, name): tuple(value) if isinstance(value, list) else value
+              for name, value in json.loads(metadata["config"]).items()}
     if stored.get("derivative") == "fd":
         stored["derivative"] = "central"
     known = {f.name for f in dataclasses.fields(Config)} - {"compile"}          # which was "yes" or "no"
-    return Config(**{name: tuple(value) if isinstance(value, list) else value
-                     for name, value in stored.items() if name in known})
+    return Config(**{name: stored[name] for name in known & stored.keys()})
 
 
 # ---- models -------------------------------------------------------------------------------------------
@@ -133,11 +131,10 @@ def build(config, shape, num_classes):
     models = model.MODELS | published.MODELS
     if config.model not in models:
         raise ValueError(f"unknown model {config.model!r}; nearest: {nearest(config.model, models)}")
-    switches = {"x_pred": True} if config.x_pred else {}
-    if config.x_pred and not hasattr(models[config.model], "keywords"):
+    make, switches = models[config.model], {"x_pred": True} if config.x_pred else {}
+    if switches and not hasattr(make, "keywords"):
         raise ValueError(f"{config.model} has no x_pred: add --no-x_pred")
-    net = models[config.model](in_channels=shape[0], input_size=shape[-1], num_classes=num_classes,
-                               **switches)
+    net = make(in_channels=shape[0], input_size=shape[-1], num_classes=num_classes, **switches)
     if missing := [name for name in NETWORK if not hasattr(net, name)]:
         raise ValueError(f"{config.model} lacks the attributes {', '.join(missing)}: see CONTRIBUTING.md")
     if config.grad_checkpoint and not hasattr(net, "grad_checkpoint"):
@@ -153,8 +150,9 @@ def save_model(path, tensors, net, config, names):
 
 
 @contextlib.contextmanager
-def hub_errors(what, hint):
-    """One line for whatever goes wrong with the hub, whose library raises other errors in each version."""
+def as_one_error(what, hint):
+    """A ValueError of one line for whatever goes wrong inside: damage has many names (pickle's, zipfile's,
+    unicode's, ...), and the hub's library raises other errors in each version."""
     try:
         yield
     except Exception as error:
@@ -166,20 +164,20 @@ def find_model(path):
     if str(path).startswith("hf://"):
         user, repo, name = ([*str(path)[5:].split("/", 2), "", ""])[:3]
         from huggingface_hub import hf_hub_download
-        with hub_errors(f"the hub does not give {path}", "expected hf://USER/REPO or hf://USER/REPO/FILE; "
-                        "a broken download goes on when the command is run again"):
+        with as_one_error(f"the hub does not give {path}", "try again, or give hf://USER/REPO[/FILE]"):
             return Path(hf_hub_download(f"{user}/{repo}", name or "model.safetensors"))
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"no model at {path}; expected the folder of a run, such as runs/shapes (python "
-                         "train.py makes that one), a model.safetensors, a published .pt, or hf://USER/REPO")
+        raise ValueError(f"no model at {path}: give the folder of a run (python train.py makes runs/shapes), "
+                         "a file, or hf://USER/REPO")
     return file
 
 
 def read_tensors(file, device="cpu"):
     """(tensors by name, metadata, extras) of a .safetensors file or a published torch.save one."""
-    try:
+    hint = "give a model.safetensors of train.py, or a published checkpoint"
+    with as_one_error(f"{file} is no file of weights that can be read safely", hint):
         with open(file, "rb") as start:
             is_torch = start.read(2) in (b"PK", b"\x80\x02")       # zip, or the older pickle
         if is_torch:
@@ -189,25 +187,20 @@ def read_tensors(file, device="cpu"):
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
             tensors, extras = published.clean(tensors, {})
             return tensors, stored.metadata() or {}, extras
-    except Exception as error:          # damage has many names: pickle's, zipfile's, unicode's, ...
-        raise ValueError(f"{file} is not a file of weights that can be read safely ({one_line(error)}); "
-                         "expected a model.safetensors of train.py, or a published checkpoint") from error
 
 
 def load_model(path, device="cpu", recipe=""):
     """(net, config, class names) from what find_model finds, ours or published.
 
-    recipe: its network, transport and sampler are used for files that do not say. ValueError if the file is
-    damaged, or of no family that is known; it lists the names that are missing or left over.
+    recipe: its network, transport and sampler are used for files that do not say. ValueError: damaged, of no
+    known family, or names that are missing or left over.
     """
     file, row = find_model(path), recipe_row(recipe) if recipe else {}
     tensors, metadata, extras = read_tensors(file, device)
     if metadata.get("format", "").startswith("nanoUCGM"):
-        try:
+        with as_one_error(f"{file} has damaged metadata", "take another copy"):
             config = read_config(metadata)
             names, shape = json.loads(metadata["names"]), json.loads(metadata["shape"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} has damaged metadata ({one_line(error)})") from error
         config = dataclasses.replace(config, **{name: row[name] for name in SAMPLING & row.keys()})
         net = build(config, shape, len(names))
     else:
@@ -225,18 +218,15 @@ def load_model(path, device="cpu", recipe=""):
 
 
 def push(repo, net, config, names, page=None, flags=""):
-    """Put a model on the hub as USER/REPO: model.safetensors, config.json, and a card with its command.
-
-    Returns a line that says how to use it. ValueError: not logged in, no such user, no network.
-    """
+    """Put a model on the hub as USER/REPO: model.safetensors, config.json, and a card with its command, which
+    is returned in a line. ValueError: not logged in, no such user, no network."""
     from huggingface_hub import HfApi
     command = f"python sample.py --ckpt hf://{repo} {flags}".strip()
     settings = ", ".join(f"{name} {value}" for name, value in config.sampler().items())
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     card = (f"---\ntags: [nanoucgm, image-generation]\n---\n# {repo.rpartition('/')[2]}\n\n"
-            f"{config.model} on {config.data}, {millions:.1f} M parameters, trained with recipe "
-            f"`{config.recipe}` of nanoUCGM (UCGM, arXiv 2505.07447).\n\n"
-            f"{'![samples](samples.png)' if page else ''}\n\n"
+            f"{config.model} on {config.data}, {millions:.1f} M parameters, recipe `{config.recipe}` of "
+            f"nanoUCGM (UCGM, arXiv 2505.07447).\n\n{'![samples](samples.png)' if page else ''}\n\n"
             f"    {command}\n\nIts own settings: {settings}.\n")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -245,8 +235,8 @@ def push(repo, net, config, names, page=None, flags=""):
         (folder / "README.md").write_text(card)
         if page:
             Image.open(page).convert("RGB").save(folder / "samples.png")
-        hint = "expected USER/REPO of a user who is logged in (hf auth login)"
-        with hub_errors(f"the hub did not take {repo}", hint):
+        hint = "give USER/REPO of who is logged in (hf auth login)"
+        with as_one_error(f"the hub did not take {repo}", hint):
             HfApi().create_repo(repo, exist_ok=True)
             HfApi().upload_folder(repo_id=repo, folder_path=folder,
                                   commit_message=f"{config.model}, recipe {config.recipe}")
@@ -304,8 +294,8 @@ def save_state(out, tensors, net, config, names, step):
 def find_states(out):
     """The states that a run wrote into a folder, newest first; a user's copies have other names."""
     pattern = re.compile(r"state_(\d{8,})\.[0-9a-f]{16}\.safetensors")
-    ours = [path for path in Path(out).glob("state_*") if pattern.fullmatch(path.name)]
-    return sorted(ours, key=lambda path: int(path.name[6:].partition(".")[0]), reverse=True)
+    found = {path: pattern.fullmatch(path.name) for path in Path(out).glob("state_*")}
+    return sorted(filter(found.get, found), key=lambda path: int(found[path][1]), reverse=True)
 
 
 def checksum(path):
@@ -318,39 +308,36 @@ def newest_state(out):
     for path in find_states(out):
         if checksum(path) == path.name.split(".")[1]:
             return path
-        print(f"{path} is damaged (other bytes than its checksum): using the one before, if there is one")
+        print(f"{path} is damaged (not the bytes of its checksum): using the one before, if any")
         path.rename(path.with_suffix(".damaged"))
-    return None
 
 
 def read_state(path):
     """(Config, step, class names) of a state file."""
-    try:
-        with safetensors.safe_open(path, "pt") as stored:
-            metadata = stored.metadata() or {}
-            return read_config(metadata), int(metadata["step"]), json.loads(metadata["names"])
-    except Exception as error:
-        raise ValueError(f"{path} is not a state file that train.py wrote ({one_line(error)}): remove it, "
-                         "and the one before will be used") from error
+    with (as_one_error(f"{path} is no state of train.py", "remove it, and the one before is used"),
+          safetensors.safe_open(path, "pt") as stored):
+        metadata = stored.metadata() or {}
+        return read_config(metadata), int(metadata["step"]), json.loads(metadata["names"])
 
 
 @torch.no_grad()
 def restore_state(path, config, nets, optimizer):
     """Put everything back, whole or sharded as the networks now are. config: that of the state."""
     if config.optimizer != (kind := type(optimizer).__name__.lower()):
-        raise ValueError(f"the run that is to go on has the state of {config.optimizer}, not of {kind}: "
-                         "begin another --out with --init_from this one")
+        raise ValueError(f"the run has the state of {config.optimizer}, not of {kind}: begin another --out "
+                         "with --init_from this one")
     with safetensors.safe_open(path, "pt") as stored:      # closed afterwards: pruning frees the disk
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         weights = {f"{part}.{name}": value for part, net in nets.items()
                    for name, value in net.state_dict().items()}
-        parameters = dict(nets["net"].named_parameters())
-        check_fit(tensors, weights, parameters)
+        moments = {name: name.removeprefix("optimizer.").rsplit(".", 1) for name in tensors
+                   if name.startswith("optimizer.")}        # "optimizer.NAME.exp_avg": [NAME, "exp_avg"]
+        check_fit(tensors, weights, moments)
         for name, value in weights.items():
             value.copy_(shard_like(tensors[name], value))
-        for name in (name for name in tensors if name.startswith("optimizer.")):
-            parameter, key = name.removeprefix("optimizer.").rsplit(".", 1)
-            value, parameter = tensors[name].clone(), parameters[parameter]
+        parameters = dict(nets["net"].named_parameters())
+        for name, (weight, key) in moments.items():
+            value, parameter = tensors[name].clone(), parameters[weight]
             if value.shape == parameter.shape:
                 value = shard_like(value, parameter)
             elif optimizer.defaults.get("fused"):           # its step count lies beside the weights
@@ -358,23 +345,20 @@ def restore_state(path, config, nets, optimizer):
             optimizer.state[parameter][key] = value
 
 
-def check_fit(tensors, weights, parameters):
+def check_fit(tensors, weights, moments):
     """ValueError lists what a state has otherwise than the networks: names, shapes, dtypes."""
     def described(tensor):
         return "nothing" if tensor is None else f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}"
-    parts = {name.partition(".")[0] for name in weights}
+    parts = {name.partition(".")[0] for name in weights}    # a teacher that is needed no more is left out
     pairs = [(name, tensors.get(name), weights.get(name)) for name in sorted({*weights, *tensors})
              if name.partition(".")[0] in parts]
-    for name, value in tensors.items():         # a moment is as its weight is, a count of steps a scalar
-        if name.startswith("optimizer.") and value.ndim:
-            weight = name.removeprefix("optimizer.").rsplit(".", 1)[0]
-            pairs.append((name, value, parameters.get(weight)))
+    pairs += [(name, tensors[name], weights.get(f"net.{weight}")) for name, (weight, _) in moments.items()
+              if tensors[name].ndim]            # a moment is as its weight is, a count of steps a scalar
     wrong = [f"{name}: {described(was)} -> {described(now)}" for name, was, now in pairs
              if described(was) != described(now)]
     if wrong:
-        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(f"the state is of other networks or averages ({'; '.join(wrong[:4])}{more}): begin "
-                         "another --out, or go back to the settings of before")
+        raise ValueError(f"the state is of other networks or averages ({len(wrong)} differ: "
+                         f"{'; '.join(wrong[:4])}): begin another --out, or take the settings of before")
 
 
 def set_aside(out):

@@ -1,12 +1,12 @@
-"""Latents: pretrained autoencoders, data sets encoded by one, and what published recipes need from the hub.
+"""Latents: pretrained autoencoders, data sets encoded by one, and what published recipes need.
 
     torchrun --nproc_per_node=8 latents.py encode --data folder:/imagenet/train --vae sd-ema --out latents256
     python train.py --recipe in256-sd --data latents:latents256
     python latents.py fetch in256-sd        # autoencoder, FID reference and published weights
 
 An encoded folder holds shards latents_rank00_shardKKK.safetensors (latents, latents_flip: float32 N C h w;
-labels: int64), statistics latents_stats.pt (mean, std: 1 C 1 1) and manifest.json (which image is in which
-shard, which could not be read). UCGM and LightningDiT publish the same files, and theirs are read as well.
+labels: int64), latents_stats.pt (mean, std: 1 C 1 1) and manifest.json (which image is in which shard, which
+could not be read). UCGM and LightningDiT publish such files, and theirs are read as well.
 """
 import hashlib
 import json
@@ -27,27 +27,26 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import atomic_write, hub_errors
+from checkpoint import as_one_error, atomic_write
 from config import RECIPES, read_flags, recipe_row, setting
 from data import FiniteDataset, noise_like_seed
-from engine import init_distributed, leave_distributed, one_line, pick_device, print0, rank_and_world, run
+from engine import init_distributed, leave_distributed, pick_device, print0, rank_and_world, run
 from images import find_classes, read_many, read_rgb
 from published import HUB, UCGM_HOME
 
 
 class Kind(NamedTuple):
-    loader: str                 # class of diffusers, or ldm: a .pt with the names of latent diffusion
-    home: str                   # repository on the hub
-    multiplier: float           # the network sees (latent - mean) / std * multiplier
-    normalised: bool            # mean and std are statistics of the latents; else 0 and 1
+    loader: str             # class of diffusers, or ldm: a .pt with the names of latent diffusion
+    home: str               # repository on the hub
+    multiplier: float       # the network sees latent * multiplier; 0: (latent - mean) / std, by statistics
 
 
 AUTOENCODERS = {
-    "sd-ema":    Kind("AutoencoderKL", "stabilityai/sd-vae-ft-ema", 0.18215, False),            # f8, C 4
-    "sd-mse":    Kind("AutoencoderKL", "stabilityai/sd-vae-ft-mse", 0.18215, False),            # f8, C 4
-    "e2e-vavae": Kind("AutoencoderKL", "REPA-E/e2e-vavae-hf", 1.0, True),                       # f16, C 32
-    "vavae":     Kind("ldm", "hustvl/vavae-imagenet256-f16d32-dinov2", 1.0, True),              # f16, C 32
-    "dc-ae":     Kind("AutoencoderDC", "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 1.0, True),  # f32, C 32
+    "sd-ema":    Kind("AutoencoderKL", "stabilityai/sd-vae-ft-ema", 0.18215),               # f8, C 4
+    "sd-mse":    Kind("AutoencoderKL", "stabilityai/sd-vae-ft-mse", 0.18215),               # f8, C 4
+    "e2e-vavae": Kind("AutoencoderKL", "REPA-E/e2e-vavae-hf", 0),                           # f16, C 32
+    "vavae":     Kind("ldm", "hustvl/vavae-imagenet256-f16d32-dinov2", 0),                  # f16, C 32
+    "dc-ae":     Kind("AutoencoderDC", "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 0),     # f32, C 32
 }
 
 
@@ -72,19 +71,18 @@ def by_channel(values):
 
 
 class Autoencoder:
-    """Images (B, 3, S, S) in [-1, 1] to latents (B, C, h, w) and back.
+    """Images (B, 3, S, S) in [-1, 1] to latents (B, C, h, w) and back; a network sees (latent - mean) / std.
 
-    name: of AUTOENCODERS, or NAME=PATH. mean, std: by channel; the network sees (latent - mean) / std; empty:
-    what comes with the autoencoder. ValueError: no diffusers, unknown name, nothing at PATH, no statistics.
+    name: of AUTOENCODERS, or NAME=PATH. mean, std: by channel; empty: what comes with the autoencoder.
+    ValueError: no diffusers, unknown name, nothing at PATH, no statistics.
     """
 
     def __init__(self, name, mean=(), std=()):
-        self.kind, self.net = load_autoencoder(name)
+        kind, self.net = load_autoencoder(name)
         if mean:
             self.mean, self.std = by_channel(mean), by_channel(std)
         else:
-            stats = find_stats(name, self.net.config) if self.kind.normalised else {}
-            self.mean, self.std = normalisation(name, stats)
+            self.mean, self.std = normalisation(name, {} if kind.multiplier else find_stats(name, self.net))
 
     def to(self, device):
         self.net, self.mean, self.std = self.net.to(device), self.mean.to(device), self.std.to(device)
@@ -121,21 +119,20 @@ def decoder(config, device):
         return Autoencoder(config.vae, config.latent_mean, config.latent_std).to(device).decode
     except ValueError as error:
         print0(f"the pages of this run show three channels of the latents: {error}")
-        return None
 
 
 def load_autoencoder(name):
     """(Kind, frozen network in float32)."""
     short, _, path = name.partition("=")
     if short not in AUTOENCODERS:
-        raise ValueError(f"unknown autoencoder {short!r}; one of {', '.join(AUTOENCODERS)}, or NAME=PATH "
-                         "with one of these names")
+        raise ValueError(f"unknown autoencoder {short!r}: give {', '.join(AUTOENCODERS)}, or NAME=PATH")
     try:
         import diffusers
     except ImportError as error:
         raise ValueError("autoencoders come from diffusers: pip install diffusers") from error
     kind = AUTOENCODERS[short]
-    try:
+    hint = f"give --vae {short}=PATH, or fetch it where there is a network"
+    with as_one_error(f"cannot load {name} from {path or kind.home}", hint):
         if kind.loader == "ldm":
             from huggingface_hub import hf_hub_download
             file = path or hf_hub_download(kind.home, kind.home.rpartition("/")[2] + ".pt")
@@ -143,10 +140,6 @@ def load_autoencoder(name):
         else:
             load = getattr(diffusers, kind.loader).from_pretrained
             net = load(path or kind.home, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    except (OSError, EOFError, KeyError, RuntimeError) as error:
-        reason = one_line(error)
-        raise ValueError(f"cannot load {name} from {path or kind.home} ({reason}): give --vae {short}=PATH, "
-                         "a local copy, or fetch it where there is a network") from error
     return kind, net.eval().requires_grad_(False)
 
 
@@ -160,39 +153,37 @@ def from_ldm(tensors):
     def count(pattern):
         return 1 + max(int(found[1]) for name in tensors if (found := re.match(pattern, name)))
     levels, blocks = count(r"encoder\.down\.(\d+)"), count(r"encoder\.down\.0\.block\.(\d+)")
-    widths = [tensors[f"encoder.down.{k}.block.0.conv1.weight"].shape[0] for k in range(levels)]
+    widths = [len(tensors[f"encoder.down.{k}.block.0.conv1.weight"]) for k in range(levels)]
     attends = ["Attn" if f"encoder.down.{k}.attn.0.q.weight" in tensors else "" for k in range(levels)]
-    rules = ((r"\.down\.(\d+)\.", r".down_blocks.\1."),
-             (r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}."),
-             (r"\.block\.", ".resnets."), (r"\.attn\.", ".attentions."),
-             (r"\.(down|up)sample\.", r".\1samplers.0."), (r"nin_shortcut", "conv_shortcut"),
-             (r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}"),
-             (r"mid\.attn_1", "mid_block.attentions.0"), (r"norm_out", "conv_norm_out"),
-             (r"(attentions\.\d)\.norm", r"\1.group_norm"), (r"(attentions\.\d)\.([qkv])\.", r"\1.to_\2."),
-             (r"(attentions\.\d)\.proj_out", r"\1.to_out.0"))
+    rules = {r"\.down\.(\d+)\.": r".down_blocks.\1.", r"\.block\.": ".resnets.", r"\.attn\.": ".attentions.",
+             r"\.up\.(\d+)\.": lambda m: f".up_blocks.{levels - 1 - int(m[1])}.",
+             r"\.(down|up)sample\.": r".\1samplers.0.", r"nin_shortcut": "conv_shortcut",
+             r"mid\.block_(\d)": lambda m: f"mid_block.resnets.{int(m[1]) - 1}",
+             r"mid\.attn_1": "mid_block.attentions.0", r"norm_out": "conv_norm_out",
+             r"(attentions\.\d)\.norm": r"\1.group_norm", r"(attentions\.\d)\.([qkv])\.": r"\1.to_\2.",
+             r"(attentions\.\d)\.proj_out": r"\1.to_out.0"}
     renamed = {}
     for name, value in tensors.items():
-        for old, new in rules:
+        for old, new in rules.items():
             name = re.sub(old, new, name)
         renamed[name] = value[:, :, 0, 0] if ".attentions." in name and value.ndim == 4 else value
     net = AutoencoderKL(latent_channels=tensors["post_quant_conv.weight"].shape[1], layers_per_block=blocks,
-                        block_out_channels=widths, norm_num_groups=32 if widths[0] % 32 == 0 else widths[0],
+                        block_out_channels=widths,
                         down_block_types=[f"{attn}DownEncoderBlock2D" for attn in attends],
                         up_block_types=[f"{attn}UpDecoderBlock2D" for attn in reversed(attends)])
     net.load_state_dict(renamed)
     return net
 
 
-def find_stats(name, config):
+def find_stats(name, net):
     """{"mean", "std"} as an autoencoder brings them: in its config, or latents_stats.pt beside it."""
-    if getattr(config, "latents_mean", None) is not None:
-        return {"mean": config.latents_mean, "std": config.latents_std}
+    if getattr(net.config, "latents_mean", None) is not None:
+        return {"mean": net.config.latents_mean, "std": net.config.latents_std}
     short, _, path = name.partition("=")
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder, file = Path(path) if Path(path).is_dir() else Path(path).parent, "latents_stats.pt"
     try:
         from huggingface_hub import hf_hub_download
-        name = "latents_stats.pt"
-        file = folder / name if path else hf_hub_download(AUTOENCODERS[short].home, name)
+        file = folder / file if path else hf_hub_download(AUTOENCODERS[short].home, file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception:           # whatever the reason, normalisation says what to do about it
         return {}
@@ -200,35 +191,31 @@ def find_stats(name, config):
 
 def normalisation(name, stats):
     """mean and std, (1, C or 1, 1, 1) each, so that the network sees (latent - mean) / std."""
-    kind = AUTOENCODERS[name.partition("=")[0]]
-    if not kind.normalised:
-        return torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 1 / kind.multiplier)
+    if multiplier := AUTOENCODERS[name.partition("=")[0]].multiplier:
+        return by_channel([0]), by_channel([1 / multiplier])
     if stats.get("mean") is None or stats.get("std") is None:
-        raise ValueError(f"{name} wants statistics of its latents: put a latents_stats.pt (mean, std: 1 C 1 "
-                         "1) into the folder of latents:DIR, or of --vae NAME=PATH")
-    return by_channel(stats["mean"]), by_channel(stats["std"]) / kind.multiplier
+        raise ValueError(f"{name} has no statistics of its latents: put latents_stats.pt into the folder of "
+                         "latents:DIR, or of --vae NAME=PATH")
+    return by_channel(stats["mean"]), by_channel(stats["std"])
 
 
 # ---- encoding -----------------------------------------------------------------------------------------
 
+def crop_middle(image, width, height):
+    """The middle of an image, at most width x height."""
+    width, height = min(width, image.width), min(height, image.height)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def centre_crop(image, size):
     """An RGB image to size x size as ADM does it: halve by boxes while twice too large, bicubic, crop."""
-    width, height = image.size
-    short = min(width, height)
-    if max(width, height) > 4 * short:          # a strip: cut the ends first, they would be cut anyway
-        left, top = max(0, (width - 4 * short) // 2), max(0, (height - 4 * short) // 2)
-        image = image.crop((left, top, min(width, left + 4 * short), min(height, top + 4 * short)))
+    image = crop_middle(image, 4 * min(image.size), 4 * min(image.size))    # the ends of a strip go first
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def read_cropped(path, size):
-    """uint8 (3, size, size). ValueError if the file cannot be read."""
-    return np.asarray(centre_crop(read_rgb(path), size)).transpose(2, 0, 1)
+    return crop_middle(image, size, size)
 
 
 def encode(options):
@@ -240,37 +227,29 @@ def encode(options):
         raise ValueError(f"data {options.data!r} is not folder:PATH, with PATH/cats/1.jpg, ...")
     folder = find_classes(os.path.expanduser(root))
     print0(folder)
-    device, out = pick_device(options.device), Path(options.out)
+    device, out, count = pick_device(options.device), Path(options.out), len(folder.paths)
     autoencoder = Autoencoder(options.vae, (0.0,), (1.0,)).to(device)
     settings = {"vae": options.vae.partition("=")[0], "weights": autoencoder.hash(), "size": options.size,
                 "shard": options.shard, "classes": folder.classes}
     out.mkdir(parents=True, exist_ok=True)
     init_distributed(timeout=timedelta(days=7))
-    count, shards = len(folder.paths), {}
-    for first in range(0, count, options.shard):
-        name = f"latents_rank00_shard{first // options.shard:03d}.safetensors"
-        shards[out / name] = folder.part(first, first + options.shard)
-    mine = list(shards)[rank::world]
-    bar = tqdm(total=sum(len(shards[path].paths) for path in mine), unit="image", disable=rank > 0)
-    unreadable = 0
-    for path in mine:
-        part = shards[path]
+    shards = {out / f"latents_rank00_shard{first // options.shard:03d}.safetensors": first
+              for first in range(0, count, options.shard)}
+    share = min(count, -(-len(shards) // world) * options.shard)
+    unreadable, bar = 0, tqdm(total=share, unit="image", disable=rank > 0)
+    for path, first in list(shards.items())[rank::world]:
+        part = folder.part(first, first + options.shard)
         if path.is_file() and is_current(path, settings, part):
             bar.update(len(part.paths))
             continue
-        first = options.shard * list(shards).index(path)
-        tensors, bad = encode_shard(autoencoder, part, first, options, device, bar)
+        tensors, kept, bad = encode_shard(autoencoder, part, first, options, device, bar)
         unreadable += len(bad)
         if unreadable > options.max_unreadable:
-            raise ValueError(f"{unreadable} images could not be read, the last: {list(bad.values())[-1]}; "
-                             "remove them, or raise --max_unreadable")
-        kept = [k for k in range(len(part.paths)) if k not in bad]
-        tensors["labels"] = torch.tensor([part.labels[k] for k in kept], dtype=torch.int64)
-        names = part.names()
-        notes = {"settings": settings, "files": part.fingerprint(), "pictures": [names[k] for k in kept],
-                 "unreadable": [[names[k], why] for k, why in bad.items()]}
+            raise ValueError(f"{unreadable} images could not be read, the last: {bad[-1][1]}, or raise "
+                             "--max_unreadable")
+        notes = {"settings": settings, "files": part.fingerprint(), "pictures": kept, "unreadable": bad}
         metadata = {"notes": json.dumps(notes)}         # one entry: safetensors writes several in any order
-        write_shard(path, tensors, metadata)
+        atomic_write(path, partial(safetensors.torch.save_file, tensors, metadata=metadata))
     bar.close()
     if world > 1:
         dist.barrier()
@@ -286,34 +265,32 @@ def is_current(path, settings, part):
     """Whether a shard holds these images as they are now. ValueError if it was made otherwise."""
     notes = map_shard(path)[1]
     before = notes.get("settings", {})
-    if changed := [f"{name} {before.get(name)}, not {value}" for name, value in settings.items()
-                   if before.get(name) != value]:
-        raise ValueError(f"{path} was encoded with {'; '.join(changed)}: take another --out, or remove "
-                         "this one")
+    if changed := [name for name in settings if before.get(name) != settings[name]]:
+        was = ", ".join(f"{name} {before.get(name)}" for name in changed)
+        raise ValueError(f"{path} was encoded with {was}: remove it, or give another --out")
     return notes["files"] == part.fingerprint() and not notes["unreadable"]
 
 
-def write_shard(path, tensors, metadata):
-    atomic_write(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))
-
-
 def encode_shard(autoencoder, part, first, options, device, bar):
-    """({"latents", "latents_flip"}, {row: why it could not be read}) of a part of a Folder; image k of it has
-    the noise of first + k."""
-    parts, bad = {"latents": [], "latents_flip": []}, {}
-    read = partial(read_cropped, size=options.size)
+    """(tensors, names of the images in them, [name, why it could not be read] of the others) of a part of a
+    Folder; image k of it has the noise of first + k."""
+    batches, kept, bad = {"latents": [], "latents_flip": []}, [], []
+    read = lambda path: np.asarray(centre_crop(read_rgb(path), options.size)).transpose(2, 0, 1)
     for batch in read_many(part.paths, read, options.batch_size, options.workers):
-        bad |= {k: x for k, x in batch if isinstance(x, str)}
-        good = {k: x for k, x in batch if not isinstance(x, str)}
         bar.update(len(batch))
+        bad += [(k, x) for k, x in batch if isinstance(x, str)]
+        good = {k: x for k, x in batch if not isinstance(x, str)}
+        kept += list(good)
         if not good:
             continue
         x = torch.from_numpy(np.stack(list(good.values()))).to(device).float() / 127.5 - 1
         for side, (name, view) in enumerate((("latents", x), ("latents_flip", x.flip(-1)))):
             noise = partial(noise_like_seed, [first + k for k in good], step=side)
-            parts[name].append(autoencoder.encode(view, noise).float().cpu().contiguous())
-    empty = torch.zeros(0, 1, 1, 1)
-    return {name: torch.cat(batches) if batches else empty for name, batches in parts.items()}, bad
+            batches[name].append(autoencoder.encode(view, noise).float().cpu().contiguous())
+    tensors = {name: torch.cat(rows) if rows else torch.zeros(0, 1, 1, 1) for name, rows in batches.items()}
+    tensors["labels"] = torch.tensor([part.labels[k] for k in kept], dtype=torch.int64)
+    names = part.names()
+    return tensors, [names[k] for k in kept], [[names[k], why] for k, why in bad]
 
 
 def finish(out, settings):
@@ -321,39 +298,36 @@ def finish(out, settings):
     shards, n, total, square = {}, 0, 0.0, 0.0
     for path in sorted(out.glob("latents_rank*_shard*.safetensors")):
         arrays, notes = map_shard(path)
-        shards[path.name] = {"pictures": notes["pictures"], "unreadable": notes["unreadable"]}
+        shards[path.name] = {name: notes[name] for name in ("pictures", "unreadable")}
         for name in ("latents", "latents_flip") if len(arrays["labels"]) else ():
             rows = torch.from_numpy(arrays[name]).double().transpose(0, 1).flatten(1)           # (C, N h w)
             n, total, square = n + rows.shape[1], total + rows.sum(1), square + rows.square().sum(1)
     bad = [why for shard in shards.values() for _, why in shard["unreadable"]]
     if not n:
         raise ValueError(f"not one image could be read, the first: {bad[0]}")
-    mean, std = total / n, (square / n - (total / n) ** 2).clamp_min(0).sqrt()
-    stats = {"mean": mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}
+    mean, variance = total / n, square / n - (total / n).square()
+    stats = {"mean": by_channel(mean), "std": by_channel(variance.clamp_min(0).sqrt())}
     manifest = json.dumps({**settings, "shards": shards}, indent=1)
-    atomic_write(out / "latents_stats.pt", lambda file: torch.save(stats, file))
+    atomic_write(out / "latents_stats.pt", partial(torch.save, stats))
     atomic_write(out / "manifest.json", lambda file: file.write_text(manifest))
     for leftover in out.glob("*.tmp"):
         leftover.unlink()
     count = sum(len(shard["pictures"]) for shard in shards.values())
-    fits = [name for name, row in RECIPES.items() if row.get("vae", "")[:2] == settings["vae"][:2]
-            and row.get("image_size") == settings["size"] and name.startswith("in")]
-    recipe = f"--recipe {fits[0]}" if fits else f"--recipe in256-sd --vae {settings['vae']}"
+    made = settings["vae"], settings["size"]
+    fits = [name for name, row in RECIPES.items() if (row.get("vae"), row.get("image_size")) == made]
+    recipe = fits[0] if fits else f"in256-sd --vae {settings['vae']}"
     print(*bad, f"{out}: {count} images encoded, {len(bad)} could not be read. Next: python train.py "
-          f"{recipe} --data latents:{out}", sep="\n")
+          f"--recipe {recipe} --data latents:{out}", sep="\n")
 
 
 # ---- reading ------------------------------------------------------------------------------------------
 
 def map_shard(path):
     """(name -> array, mapped into memory; the notes that encode wrote beside them). ValueError if damaged."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            notes = json.loads((file.metadata() or {}).get("notes", "{}"))
-            return {name: file.get_tensor(name).numpy() for name in file.keys()}, notes
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable file of latents, or it is cut off "
-                         f"({one_line(error)})") from error
+    with (as_one_error(f"{path} is no file of latents, or damaged", "remove it, or take another copy"),
+          safetensors.safe_open(path, "pt") as file):
+        notes = json.loads((file.metadata() or {}).get("notes", "{}"))
+        return {name: file.get_tensor(name).numpy() for name in file.keys()}, notes
 
 
 def read_manifest(root, vae):
@@ -361,43 +335,36 @@ def read_manifest(root, vae):
     file = Path(root) / "manifest.json"
     manifest = json.loads(file.read_text()) if file.is_file() else {}
     made_by = manifest.get("vae", "")
-    if vae and made_by and vae.partition("=")[0] != made_by.partition("=")[0]:
-        raise ValueError(f"{root} was encoded by {made_by}, and the recipe or --vae says {vae}: take a "
-                         "recipe of that autoencoder, or encode anew")
     if not (vae or made_by):
-        raise ValueError(f"{root} does not say which autoencoder made it: give --vae, one of "
-                         f"{', '.join(AUTOENCODERS)}")
+        raise ValueError(f"{root} does not say who encoded it: give --vae, one of {', '.join(AUTOENCODERS)}")
+    if vae and made_by and vae.partition("=")[0] != made_by.partition("=")[0]:
+        raise ValueError(f"{root} was encoded by {made_by}: give --vae {made_by}, not {vae}, or encode anew")
     return vae or made_by, manifest.get("classes")
 
 
 def open_latents(path, seed, vae=""):
     """The stream of an encoded folder, as a FiniteDataset with .latent = (autoencoder, mean, std).
-
-    ValueError: no shards, shapes that differ, no statistics, no autoencoder, or not the one that made them.
-    """
-    root = Path(path)
+    ValueError: no shards, shapes that differ, no statistics, not the autoencoder that made them."""
+    root, sides = Path(path), ("latents", "latents_flip")
     shards = [map_shard(file)[0] for file in sorted(root.glob("*.safetensors"))]
-    if not shards or not all({"latents", "latents_flip", "labels"} <= shard.keys() for shard in shards):
+    if not shards or any({*sides, "labels"} - shard.keys() for shard in shards):
         raise ValueError(f"no shards of latents, latents_flip and labels in {path}: see latents.py encode")
     shards = [shard for shard in shards if len(shard["labels"])]
     shape = shards[0]["latents"].shape[1:]
-    wanted = [(len(shard["labels"]), *shape) for shard in shards]
-    if any([shard[name].shape for shard in shards] != wanted for name in ("latents", "latents_flip")):
+    if any(shard[name].shape != (len(shard["labels"]), *shape) for shard in shards for name in sides):
         raise ValueError(f"the shards in {path} differ in shape: they are of several encodings")
     vae, names = read_manifest(root, vae)
-    stats = next(iter(root.glob("*stats*.pt")), None)
-    mean, std = normalisation(vae, torch.load(stats, weights_only=True) if stats else {})
-    mean, std = mean.expand(1, shape[0], 1, 1), std.expand(1, shape[0], 1, 1)
+    stats = next(root.glob("*stats*.pt"), None)
+    mean, std = (value.expand(1, shape[0], 1, 1) for value in
+                 normalisation(vae, torch.load(stats, weights_only=True) if stats else {}))
     labels = np.concatenate([shard["labels"] for shard in shards])
     starts = np.cumsum([0, *(len(shard["labels"]) for shard in shards)])
 
     def read(indices, flip):
         x = np.empty((len(indices), *shape), np.float32)
-        owner = np.searchsorted(starts, indices, "right") - 1
-        for k in np.unique(owner):
-            for mirrored, name in ((False, "latents"), (True, "latents_flip")):
-                rows = np.flatnonzero((owner == k) & (flip == mirrored))
-                x[rows] = shards[k][name][indices[rows] - starts[k]]
+        owners = np.searchsorted(starts, indices, "right") - 1
+        for row, (k, index, mirrored) in enumerate(zip(owners, indices, flip)):
+            x[row] = shards[k][sides[int(mirrored)]][index - starts[k]]
         return torch.from_numpy(x).sub_(mean).div_(std)
     names = names or [str(k) for k in range(max(1000, int(labels.max()) + 1))]
     data = FiniteDataset(read, labels, shape, names, seed, mirror=True, identity=labels.tobytes())
@@ -408,22 +375,21 @@ def open_latents(path, seed, vae=""):
 # ---- from the hub -------------------------------------------------------------------------------------
 
 def fetch(recipe):
-    """Bring what a recipe needs from the hub into its cache, and say where it lies and what is not there."""
+    """Bring what a recipe needs into the hub's cache, and say where it lies and what is not there."""
     from huggingface_hub import snapshot_download
     row = recipe_row(recipe)
     if not row.get("vae"):
         raise ValueError(f"recipe {recipe} needs nothing from the hub; those that do: {', '.join(HUB)}")
     kind, size = AUTOENCODERS[row["vae"]], row["image_size"]
-    wanted = [("autoencoder", kind.home, ("*.json", "*.safetensors", "*.pt")),
-              ("FID reference", UCGM_HOME, (f"buffers/refs/in1k{size}_fid_ref.npz",))]
-    if kind.normalised:
-        wanted.append(("statistics of latents", UCGM_HOME, (f"buffers/vaes/stat/*_{size}.pt",)))
+    wanted = [("autoencoder", kind.home, "*.json", "*.safetensors", "*.pt"),
+              ("FID reference", UCGM_HOME, f"buffers/refs/in1k{size}_fid_ref.npz")]
+    if not kind.multiplier:
+        wanted.append(("statistics of latents", UCGM_HOME, f"buffers/vaes/stat/*_{size}.pt"))
     if recipe in HUB:
         wanted.append(("published weights", *HUB[recipe]))
-    for what, home, patterns in wanted:
-        hint = f"the recipe wants its {what}; the same command goes on after a broken download"
-        with hub_errors(f"the hub does not give {home}", hint):
-            folder = Path(snapshot_download(home, allow_patterns=list(patterns)))
+    for what, home, *patterns in wanted:
+        with as_one_error(f"the hub does not give {home}, the {what}", "the same command goes on"):
+            folder = Path(snapshot_download(home, allow_patterns=patterns))
         files = [file for pattern in patterns for file in sorted(folder.rglob(pattern))]
         print(f"{what}:", *files, sep="\n  ")
         if not files:
@@ -441,8 +407,7 @@ def main(task="-h", *rest):
     elif task in ("-h", "--help"):
         read_flags(Options, ["-h"], __doc__)
     else:
-        raise ValueError(f"{' '.join([task, *rest])!r} is not a task; expected encode --data folder:PATH, "
-                         "or fetch RECIPE")
+        raise ValueError(f"unknown task {task!r}: give encode --data folder:PATH, or fetch RECIPE")
 
 
 if __name__ == "__main__":
