@@ -169,11 +169,10 @@ class Statistics:
     @property
     def inception_score(self):
         """exp of the mean divergence of an image's classes from those of all; mean over chunks of 5,000."""
-        values = []
-        for sums in (value for name, value in self.sums.items() if name.startswith("chunk")):
-            mean = sums[:-2] / sums[-1]
-            values.append((sums[-2] / sums[-1] - torch.special.xlogy(mean, mean).sum()).exp().item())
-        return float(np.mean(values))
+        sums = torch.stack([value for name, value in self.sums.items() if name.startswith("chunk")])
+        mean = sums[:, :-2] / sums[:, -1:]                                              # (chunks, K)
+        divergence = sums[:, -2] / sums[:, -1] - torch.special.xlogy(mean, mean).sum(1)
+        return divergence.exp().mean().item()
 
     @property
     def accuracy(self):
@@ -312,7 +311,7 @@ def compare(kind, metrics, fake, real, floor):
 
 
 def pick_features(options, model):
-    """inception, or the name of the data. ValueError if it is not said what to compare."""
+    """inception, or the name of the data. ValueError if it is not clear what to compare."""
     if bool(options.ckpt) == bool(options.images):
         raise ValueError("which images? give either --ckpt RUN or --images folder:PATH")
     if options.images and options.features not in ("", "inception"):
@@ -366,7 +365,7 @@ def evaluate(options):
         fake = collect(stored_images(options.images, options.batch_size), None, features, keep)
     n = fake.moments().n
     if kind == "inception" and n < 2048:
-        print0(f"N = {n} is below the 2,048 features: FID is far too high; compare it only at this N")
+        print0(f"N = {n} is below the 2,048 features: FID is far too high, compare it only at this N")
     result = {name: round(value, 5) for name, value in compare(kind, metrics, fake, real, floor).items()}
     result |= {"N": n, "ref": source, "ref_hash": file_hash(source) if Path(source).is_file() else None,
                "ref_made": made, "features": f"{kind} {features.hash}", "uint8": "clamp(127.5 x + 128)",
