@@ -73,7 +73,7 @@ class Model(NamedTuple):
         return count_nfe(times, s["transport"], s["order"], s["cfg_scale"], s["cfg_interval"])
 
     def to_images(self, x):
-        """What the sampler returns as images (B, C, S, S) on the CPU."""
+        """Images on the CPU, of what the sampler returns."""
         return (self.decode(x) if self.decode else x).cpu()
 
 
@@ -106,7 +106,8 @@ def generate(model, seeds, batch_size, rank=0, world=1, classes=None, on_step=No
         with autocast(model.device, model.dtype):
             x = sample(model.net, noise().to(model.device), y, **settings, noise=noise, on_step=on_step)
         if not x.isfinite().all():
-            raise ValueError(f"seeds {batch[0]}..{batch[-1]}: an image is not finite; try --dtype float32")
+            raise ValueError(f"an image of seeds {batch[0]}..{batch[-1]} is not finite: "
+                             "the model has diverged, or wants --dtype float32")
         yield first, model.to_images(x), y.cpu()
 
 
