@@ -1,7 +1,7 @@
 """What fid.py sees in images: the pooled features of Inception, or of a small classifier trained here.
 
-A network of features takes uint8 (B, C, H, W) and returns "pool" (B, width), the "scores" of its classes, and
-perhaps "spatial"; .hash says which weights it has.
+Both take uint8 (B, C, H, W) and return "pool" (B, width), the "scores" of classes, perhaps "spatial". Their
+.hash says which weights they have.
 """
 import hashlib
 from pathlib import Path
@@ -32,12 +32,8 @@ def resize_matrix(size, rule, to=299):
     """
     half = 0.0 if rule == "torch-fidelity" else 0.5
     place = (torch.arange(to, dtype=torch.float64) + half) * size / to - half
-    place = place.clamp(0, size - 1)
-    low = place.long()
-    matrix = torch.zeros(to, size, dtype=torch.float64)
-    matrix[torch.arange(to), low] += 1 - (place - low)
-    matrix[torch.arange(to), (low + 1).clamp(max=size - 1)] += place - low
-    return matrix.float()
+    place = place.clamp(0, size - 1)[:, None]
+    return (1 - (place - torch.arange(size)).abs()).clamp(min=0).float()
 
 
 def repool(block, rule):
@@ -83,13 +79,11 @@ def inception_weights(path):
     file = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rpartition("/")[2])
     try:
         if not path and not file.is_file():
-            torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True,
-                                               weights_only=True)
+            torch.hub.load_state_dict_from_url(INCEPTION, check_hash=True, weights_only=True)
         return torch.load(file, map_location="cpu", weights_only=True), file_hash(file)
     except Exception as error:
-        reason = one_line(error)
-        raise ValueError(f"no Inception weights in {file} ({reason}): put {INCEPTION} there, or give "
-                         "--weights FILE") from error
+        raise ValueError(f"no Inception weights in {file} ({one_line(error)}): put {INCEPTION} there, "
+                         "or give --weights FILE") from error
 
 
 def file_hash(path):
@@ -122,9 +116,8 @@ class SmallFeatures:
 
     def __init__(self, kind, shape, path=None):
         path = path or shipped(kind, shape)
-        if not Path(path).is_file():
-            raise ValueError(f"no {path.name} in assets/: python fid.py --train --data {kind} --image_size "
-                             f"{shape[-1]} makes it")
+        if not path.is_file():
+            raise ValueError(f"no {path}: python fid.py --train --data {kind} --image_size {shape[-1]}")
         tensors = {name: value.float() for name, value in safetensors.torch.load_file(path).items()}
         self.net, self.hash = SmallNet(shape, len(tensors["head.bias"])), file_hash(path)
         self.net.load_state_dict(tensors)
@@ -147,14 +140,13 @@ def small_features(kind, open_stream, run):
     if shipped(kind, data.shape).is_file():
         return SmallFeatures(kind, data.shape)
     if len(data.names) < 2:
-        raise ValueError(f"{kind} has no classes, which features of its own are learned from: give --ref "
-                         "folder:PATH for FID, or --features")
+        raise ValueError(f"{kind} has no classes to learn features from: give --ref folder:PATH, for FID")
     which = hashlib.sha256(f"{data.fingerprint} {data.names}".encode()).hexdigest()[:8]
-    path, shape = Path(run) / f"features-{kind}{data.shape[-1]}-{which}.safetensors", data.shape
+    path = Path(run) / f"features-{kind}{data.shape[-1]}-{which}.safetensors"
     with locked(run):               # one process trains, the others then find the file
         if not path.is_file():
             train_features(data, path)
-    return SmallFeatures(kind, shape, path)
+    return SmallFeatures(kind, data.shape, path)
 
 
 def train_features(data, path, steps=1500):
@@ -171,9 +163,9 @@ def train_features(data, path, steps=1500):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    net.half().float().eval()
+    net.half().float().eval()       # as it is saved
     with torch.no_grad():
-        right = (net(x_test)["scores"].argmax(1) == y_test).float().mean().item() if len(y_test) else 0.0
+        right = (net(x_test)["scores"].argmax(1) == y_test).float().mean().nan_to_num().item()
     tensors = {name: value.half() for name, value in net.state_dict().items()}
     metadata = {"accuracy": f"{right:.4f}", "held_out": str(len(y_test))}
     atomic_write(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))

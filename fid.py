@@ -6,14 +6,12 @@
     python fid.py --stats folder:cats --out cats.npz                    # of real images, to be a --ref
     python fid.py --train --data shapes --image_size 32                 # the feature network in assets/
 
-| metric            | compares                                                          | source           |
-|-------------------|-------------------------------------------------------------------|------------------|
-| FID               | mean and covariance of Inception's 2,048 pooled features          | arXiv 1706.08500 |
-| sFID              | the same of 7 channels of its 17x17 maps: where things are        | 2103.03841, ADM  |
-| IS                | how sure and how various its classes are, in chunks of 5,000      | 1606.03498, ADM  |
-| KID               | a cubic kernel's distance of the features                         | 1801.01401       |
-| precision, recall | how many lie within the 3rd-neighbour balls of the other set      | 1904.06991       |
-| FD-NAME           | as FID, with features of a small classifier trained here: NOT FID | this file        |
+    FID                 mean and covariance of Inception's 2,048 pooled features (arXiv 1706.08500)
+    sFID                the same of 7 channels of its 17x17 maps: where things are (2103.03841, ADM)
+    IS                  how sure and how various its classes are, in chunks of 5,000 (1606.03498, ADM)
+    KID                 a cubic kernel's distance of the features (1801.01401)
+    precision, recall   how many lie within the 3rd-neighbour balls of the other set (1904.06991)
+    FD-NAME             as FID, with features of a small classifier trained here: NOT FID
 
 The last line is JSON. FD-NAME comes with its floor (real images against other real ones), the accuracy (share
 named as the class asked for) and the variety (variance within a class, over that of real images).
@@ -22,6 +20,7 @@ import itertools
 import json
 import sys
 import zipfile
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -36,11 +35,10 @@ from tqdm import tqdm
 from config import SamplerFlags, read_flags, setting
 from data import open_dataset, to_uint8
 from engine import (gather, init_distributed, leave_distributed, one_line, pick_device, print0,
-                    rank_and_world, rank_batches, run, sum_over_ranks)
+                    rank_and_world, rank_batches, run)
 from features import Inception, file_hash, shipped, small_features, train_features
 from images import check_unreadable, find_images, read_or_reason, read_rgb
 from sample import generate, open_model, save_arrays
-
 
 
 @dataclass
@@ -74,11 +72,7 @@ class Moments(NamedTuple):
 
 
 def frechet(a, b):
-    """The squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
-
-    With C1 = A A^T and C2 = B B^T the trace of the root is the sum of the singular values of A^T B. That is
-    exact where there are fewer rows than features, too.
-    """
+    """The squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of width {len(a.mean)} against a reference of width {len(b.mean)}")
 
@@ -86,6 +80,8 @@ def frechet(a, b):
         values, vectors = torch.linalg.eigh(covariance)
         kept = values > 1e-14 * values[-1]
         return vectors[:, kept] * values[kept].sqrt()
+    # C1 = A A^T, C2 = B B^T: the trace of the root is the sum of the singular values of A^T B. That is exact
+    # for fewer rows than features, too.
     cross = torch.linalg.svdvals(factor(a.covariance).T @ factor(b.covariance)).sum()
     traces = a.covariance.trace() + b.covariance.trace()
     return ((a.mean - b.mean).square().sum() + traces - 2 * cross).item()
@@ -122,50 +118,49 @@ class Statistics:
     """Sums over images, in float64: they add up over batches and over processes. keep: all features, too."""
 
     def __init__(self, keep=False):
-        self.sums, self.keep, self.features, self.known = {}, keep, {}, {}
-
-    def put(self, name, value):
-        self.sums[name] = self.sums.get(name, 0) + value
+        self.sums, self.keep, self.features, self.known = defaultdict(float), keep, {}, {}
 
     def add(self, first, out, y=None):
         """out: name -> (B, width) for images first, first + 1, ...; among them "pool" and "scores"."""
         out = {name: value.double().cpu() for name, value in out.items()}
-        scores, pool = out.pop("scores"), out["pool"]
+        scores, pool, sums = out.pop("scores"), out["pool"], self.sums
+        sums["n"] += len(pool)
         for name, rows in out.items():
-            self.put(f"{name} n", rows.new_tensor(len(rows)))
-            self.put(f"{name} total", rows.sum(0))
-            self.put(f"{name} square", rows.T @ rows)
+            sums[f"{name} total"] += rows.sum(0)
+            sums[f"{name} square"] += rows.T @ rows
         p, log_p = scores.softmax(1), scores.log_softmax(1)
         rows = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
         chunk = torch.arange(first, first + len(p)) // 5000
         for k in chunk.unique().tolist():
-            self.put(f"chunk {k}", rows[chunk == k].sum(0))
+            sums[f"chunk {k}"] += rows[chunk == k].sum(0)
         if self.keep:
             self.features[first] = pool.float()
         if y is not None:
             one_hot = F.one_hot(y, scores.shape[1]).double()                            # (B, K)
-            self.put("right", (scores.argmax(1) == y).double().sum())
-            self.put("class n", one_hot.sum(0))
-            self.put("class total", one_hot.T @ pool)
-            self.put("class square", one_hot.T @ pool.square().sum(1))
+            sums["right"] += (scores.argmax(1) == y).sum().item()
+            sums["class n"] += one_hot.sum(0)
+            sums["class total"] += one_hot.T @ pool
+            sums["class square"] += one_hot.T @ pool.square().sum(1)
 
     def merge(self):
         """Make these the sums over all processes."""
         group = dist.group.WORLD if dist.is_initialized() else None
-        zeros = {name: torch.zeros_like(value) for name, value in self.sums.items()}
-        zeros = {name: value for part in gather(zeros, group) for name, value in part.items()}
-        self.sums = {name: sum_over_ranks(self.sums.get(name, zeros[name])) for name in sorted(zeros)}
-        self.features = {k: rows for part in gather(self.features, group) for k, rows in part.items()}
+        parts = gather((self.sums, self.features), group)
+        self.sums, self.features = defaultdict(float), {}
+        for sums, features in parts:
+            self.features |= features
+            for name, value in sums.items():
+                self.sums[name] += value
 
     def moments(self, name="pool"):
-        """Moments of one kind of features, or None."""
-        if name in self.known or f"{name} n" not in self.sums:
+        """Moments of one kind of features; None if a reference does not know them."""
+        if self.known:
             return self.known.get(name)
-        n, total, square = (self.sums[f"{name} {what}"] for what in ("n", "total", "square"))
+        n = int(self.sums["n"])
         if n < 2:
-            raise ValueError("one image has no covariance: compare more of them")
-        mean = total / n
-        return Moments(int(n), mean, (square - n * mean[:, None] * mean) / (n - 1))
+            raise ValueError(f"a set of {n} images has no covariance: compare more of them")
+        mean = self.sums[f"{name} total"] / n
+        return Moments(n, mean, (self.sums[f"{name} square"] - n * mean[:, None] * mean) / (n - 1))
 
     @property
     def rows(self):
@@ -174,22 +169,21 @@ class Statistics:
     @property
     def inception_score(self):
         """exp of the mean divergence of an image's classes from those of all; mean over chunks of 5,000."""
-        values = []
-        for sums in (value for name, value in self.sums.items() if name.startswith("chunk")):
-            mean = sums[:-2] / sums[-1]
-            values.append((sums[-2] / sums[-1] - torch.special.xlogy(mean, mean).sum()).exp().item())
-        return float(np.mean(values))
+        sums = torch.stack([value for name, value in self.sums.items() if name.startswith("chunk")])
+        mean = sums[:, :-2] / sums[:, -1:]                                              # (chunks, K)
+        divergence = sums[:, -2] / sums[:, -1] - torch.special.xlogy(mean, mean).sum(1)
+        return divergence.exp().mean().item()
 
     @property
     def accuracy(self):
-        return (self.sums["right"] / self.sums["class n"].sum()).item()
+        return self.sums["right"] / self.sums["n"]
 
     @property
     def spread(self):
         """Variance of the features within a class, mean over the classes."""
         n, total, square = (self.sums[f"class {what}"] for what in ("n", "total", "square"))
         if not (n > 1).any():
-            raise ValueError("no class has two images, which the variety within classes wants: raise --num")
+            raise ValueError("no class has two images to vary: raise --num")
         variance = (square - total.square().sum(1) / n) / (n - 1)
         return variance[n > 1].mean().item()
 
@@ -202,38 +196,34 @@ def read_opaque(path):
 
 
 def stored_images(source, batch_size):
-    """(first, uint8 (B, C, H, W)) of this process's batches of a folder or an .npz file.
-
-    A folder is read with its sub-folders, in a shuffled order, since IS wants all classes in each chunk; grey
-    becomes RGB. Where sizes differ a batch is cut, so that each part holds one size.
-    """
+    """(first, uint8 (B, C, H, W)) of this process's batches of a folder and its sub-folders, or an .npz file.
+    Where sizes differ a batch is cut, so that each part holds one size."""
     path = Path(source.removeprefix("folder:").removeprefix("npz:")).expanduser()
-    if path.is_dir():
-        files, skipped = find_images(path)
-        if not files:
-            raise ValueError(f"no images in {path}: expected png, jpg or webp files there or in sub-folders")
-        left = ", ".join(f"{n} {what}" for what, n in sorted(skipped.items()))
-        print0(f"{path}: {len(files)} images{f'; skipped: {left}' if left else ''}")
-        files = [files[k] for k in np.random.default_rng(0).permutation(len(files))]
-        bad = []
-        for first in rank_batches(len(files), batch_size, *rank_and_world()):
-            read = [read_or_reason(file, read_opaque) for file in files[first:first + batch_size]]
-            bad += [reason for reason in read if isinstance(reason, str)]
-            images = (image for image in read if not isinstance(image, str))
-            for _, same_size in itertools.groupby(images, key=np.shape):
-                batch = np.stack(list(same_size))
-                yield first, torch.from_numpy(batch).permute(0, 3, 1, 2)
-                first += len(batch)
-        check_unreadable(bad, len(files))
+    if not path.is_dir():
+        x = next((v for v in read_npz(path).values() if v.dtype == np.uint8 and v.ndim == 4), None)
+        if x is None or x.shape[-1] not in (1, 3) or not len(x):
+            raise ValueError(f"{path} holds no uint8 images (N, H, W, C), C 1 or 3")
+        for first in rank_batches(len(x), batch_size, *rank_and_world()):
+            yield first, torch.from_numpy(x[first:first + batch_size]).permute(0, 3, 1, 2)
         return
-    x = next((v for v in read_npz(path).values() if v.dtype == np.uint8 and v.ndim == 4), None)
-    if x is None or x.shape[-1] not in (1, 3) or not len(x):
-        raise ValueError(f"{path} holds no uint8 images (N, H, W, C), C 1 or 3")
-    for first in rank_batches(len(x), batch_size, *rank_and_world()):
-        yield first, torch.from_numpy(x[first:first + batch_size]).permute(0, 3, 1, 2)
+    files, skipped = find_images(path)
+    if not files:
+        raise ValueError(f"no images in {path} or its sub-folders: give another folder")
+    left = ", ".join(f"{n} {what}" for what, n in sorted(skipped.items()))
+    print0(f"{path}: {len(files)} images; skipped: {left or 'none'}")
+    order, bad = np.random.default_rng(0).permutation(len(files)), []       # IS wants all classes in a chunk
+    for first in rank_batches(len(files), batch_size, *rank_and_world()):
+        read = [read_or_reason(files[k], read_opaque) for k in order[first:first + batch_size]]
+        bad += [reason for reason in read if isinstance(reason, str)]
+        images = (image for image in read if not isinstance(image, str))
+        for _, same_size in itertools.groupby(images, key=np.shape):
+            batch = np.stack(list(same_size))
+            yield first, torch.from_numpy(batch).permute(0, 3, 1, 2)
+            first += len(batch)
+    check_unreadable(bad, len(files))
 
 
-def drawn_images(model, seeds, options, labelled=False):
+def drawn_images(model, seeds, options, labelled):
     """(first, uint8 (B, C, S, S)[, y]) of this process's batches of generated images."""
     for first, x, y in generate(model, seeds, options.batch_size, *rank_and_world(), **options.given()):
         yield first, to_uint8(x), *([y] if labelled else [])
@@ -249,15 +239,13 @@ def stream_images(data, start, num, batch_size):
 def read_npz(path, leave=()):
     """Name -> array of an .npz file, but those to leave; never a pickle."""
     if not Path(path).is_file():
-        raise ValueError(f"no images at {path}; expected folder:PATH, or an .npz file")
-    if Path(path).suffix != ".npz":
-        raise ValueError(f"{path} must be an .npz file; pickles can run any code and are refused")
+        raise ValueError(f"no images at {path}: give folder:PATH or an .npz file")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name not in leave}
     except Exception as error:      # damage has many names: zlib's, zipfile's, tokenize's, ...
-        reason = one_line(error)
-        raise ValueError(f"{path} is damaged or holds more than plain arrays ({reason})") from error
+        raise ValueError(f"{path} is damaged, or no .npz of plain arrays, without pickles: "
+                         f"{one_line(error)}") from error
 
 
 def is_statistics(path):
@@ -270,19 +258,17 @@ def is_statistics(path):
 def read_reference(path):
     """(Statistics, how they were made, if it says) of an npz with mu, sigma, perhaps ADM's mu_s, sigma_s."""
     arrays, result = read_npz(path, leave=("arr_0",)), Statistics()
-    for name, end in (("pool", ""), ("spatial", "_s")):
-        if "mu" + end not in arrays or "sigma" + end not in arrays:
-            continue
-        mean, covariance = (torch.from_numpy(arrays[key + end]).double() for key in ("mu", "sigma"))
-        if covariance.shape != 2 * mean.shape or not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise ValueError(f"{path}: mu{end} {tuple(mean.shape)} and sigma{end} {tuple(covariance.shape)} "
-                             "are not a finite mean and covariance")
-        result.known[name] = Moments(0, mean, covariance)
+    for name, mu, sigma in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+        if mu in arrays and sigma in arrays:
+            mean, covariance = (torch.from_numpy(arrays[key]).double() for key in (mu, sigma))
+            if covariance.shape != 2 * mean.shape or not (mean.sum() + covariance.sum()).isfinite():
+                raise ValueError(f"{path}: {mu} and {sigma} are not a finite mean and covariance")
+            result.known[name] = Moments(0, mean, covariance)
     if "pool" not in result.known:
         raise ValueError(f"{path} holds {', '.join(arrays)}; expected mu and sigma")
     made = json.loads(str(arrays.get("made", "{}")))
-    kind = "the ADM kind" if "spatial" in result.known else "the pytorch-fid kind"
-    by = f"this program, {json.dumps(made)}" if made else f"{kind}, which does not say its weights"
+    kind = "ADM" if "spatial" in result.known else "pytorch-fid"
+    by = f"this program, {json.dumps(made)}" if made else f"the {kind} kind, which does not say its weights"
     print0(f"{path}: statistics of {by}")
     return result, made
 
@@ -290,16 +276,14 @@ def read_reference(path):
 # ---- the scores ---------------------------------------------------------------------------------------
 
 def collect(batches, count, features, keep=False):
-    """Statistics of (first, uint8 images[, y]) batches, of all processes; count of images, 0: not known."""
+    """Statistics of (first, uint8 images[, y]) batches, of all processes; count of images, if it is known."""
     result, (rank, world) = Statistics(keep), rank_and_world()
-    bar = tqdm(total=count or None, unit="image", disable=rank > 0)
+    bar = tqdm(total=count, unit="image", disable=rank > 0)
     for first, images, *y in batches:
         result.add(first, features(images), *y)
         bar.update(len(images) * world)
     bar.close()
     result.merge()
-    if not result.sums:
-        raise ValueError("there are no images to compare")
     return result
 
 
@@ -327,40 +311,31 @@ def compare(kind, metrics, fake, real, floor):
 
 
 def pick_features(options, model):
-    """inception, or the name of the data. ValueError if it is not said what to compare."""
-    kind, source = options.features, options.data or (model.config.data if model else "")
+    """inception, or the name of the data. ValueError if it is not clear what to compare."""
     if bool(options.ckpt) == bool(options.images):
-        raise ValueError("which images? give --ckpt, such as --ckpt runs/shapes-few, or --images folder:PATH")
-    if options.images and kind not in ("", "inception"):
-        raise ValueError(f"features {kind} are for what a model draws: give --ckpt")
-    if not options.ref and (options.images or kind == "inception"):
+        raise ValueError("which images? give either --ckpt RUN or --images folder:PATH")
+    if options.images and options.features not in ("", "inception"):
+        raise ValueError(f"features {options.features} are for what a model draws: give --ckpt")
+    name, _, path = (options.data or (model.config.data if model else "")).partition(":")
+    if not options.ref and (options.images or options.features == "inception" or name == "latents"):
         raise ValueError("compare with what? give --ref, such as in1k256_fid_ref.npz or folder:real")
-    if kind or options.ref:
-        return kind or "inception"
-    if source.startswith("latents:"):
-        raise ValueError("images of latents are compared with --ref, such as in1k256_fid_ref.npz")
-    name, _, path = source.partition(":")
+    if options.features or options.ref:
+        return options.features or "inception"
     return Path(path).stem or name
 
 
 def inception_reference(options, features, keep):
     """(Statistics of --ref, how they were made if it says)."""
+    batches = stored_images(options.ref, options.batch_size)
     if not is_statistics(options.ref):
-        return collect(stored_images(options.ref, options.batch_size), 0, features, keep), None
+        return collect(batches, None, features, keep), None
     real, made = read_reference(options.ref)
-    here = {"weights": features.hash, "resize": features.resize}
-    other = [f"{what} {made[what]}, not {mine}" for what, mine in here.items()
-             if made.get(what, mine) != mine]
-    if other:
-        raise ValueError(f"{options.ref} was made with {' and '.join(other)}: make it again with --stats")
+    for what, mine in (("weights", features.hash), ("resize", features.resize)):
+        if made.get(what, mine) != mine:
+            raise ValueError(f"{options.ref} has {what} {made[what]}, not {mine}: make it anew by --stats")
     if keep:
-        real.features = collect(stored_images(options.ref, options.batch_size), 0, features, keep).features
+        real.features = collect(batches, None, features, keep).features
     return real, made
-
-
-def small_reference(options, features, data, num):
-    """(Statistics of real images, of as many others)."""
-    return [collect(stream_images(data, start, num, options.batch_size), num, features) for start in (0, num)]
 
 
 def evaluate(options):
@@ -380,17 +355,17 @@ def evaluate(options):
         folder = options.ckpt if Path(options.ckpt).is_dir() else Path.home() / ".cache" / "nanoucgm"
         data, features = open_stream(1000, model.config.labels), small_features(kind, open_stream, folder)
         num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
-        real, floor = small_reference(options, features, data, num)
+        real, floor = (collect(stream_images(data, start, num, options.batch_size), num, features)
+                       for start in (0, num))
     seeds = range(options.seed * num, (options.seed + 1) * num)
     if model:
         labelled = kind != "inception" and bool(model.names)
         fake = collect(drawn_images(model, seeds, options, labelled), num, features, keep)
     else:
-        fake = collect(stored_images(options.images, options.batch_size), 0, features, keep)
+        fake = collect(stored_images(options.images, options.batch_size), None, features, keep)
     n = fake.moments().n
     if kind == "inception" and n < 2048:
-        print0(f"N = {n} is below the 2,048 features: the covariance is singular and FID far too high; "
-               "compare only with other FIDs at this N")
+        print0(f"N = {n} is below the 2,048 features: FID is far too high, compare it only at this N")
     result = {name: round(value, 5) for name, value in compare(kind, metrics, fake, real, floor).items()}
     result |= {"N": n, "ref": source, "ref_hash": file_hash(source) if Path(source).is_file() else None,
                "ref_made": made, "features": f"{kind} {features.hash}", "uint8": "clamp(127.5 x + 128)",
@@ -407,25 +382,25 @@ def evaluate(options):
 def write_statistics(options):
     """Mean and covariance of real images, for --ref: as pytorch-fid and ADM name them."""
     if not options.out.endswith(".npz"):
-        raise ValueError(f"out {options.out!r} must end in .npz, as --ref expects it")
+        raise ValueError(f"out {options.out!r} must end in .npz")
     features = Inception(options.weights, options.resize).to(pick_device(options.device))
-    found = collect(stored_images(options.stats, options.batch_size), 0, features)
+    found = collect(stored_images(options.stats, options.batch_size), None, features)
     pool, spatial = found.moments(), found.moments("spatial")
-    made = {"n": pool.n, "source": options.stats, "resize": options.resize, "weights": features.hash}
+    made = json.dumps({"n": pool.n, "source": options.stats, "resize": options.resize,
+                       "weights": features.hash})
     if rank_and_world()[0] == 0:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        save_arrays(options.out, made=json.dumps(made), mu=pool.mean.numpy(), sigma=pool.covariance.numpy(),
+        save_arrays(options.out, made=made, mu=pool.mean.numpy(), sigma=pool.covariance.numpy(),
                     mu_s=spatial.mean.numpy(), sigma_s=spatial.covariance.numpy())
-    print0(f"{options.out}: {json.dumps(made)}. Next: python fid.py --images folder:PATH --ref {options.out}")
+    print0(f"{options.out}: {made}. Next: python fid.py --images folder:PATH --ref {options.out}")
 
 
 def main(options):
     init_distributed()              # statistics travel on the CPU, in float64
     if options.train:
-        kind = options.features or options.data.partition(":")[0] or "shapes"
-        source, size = options.data or "shapes", options.image_size or None
-        data = open_dataset(source, size, 1, root=options.data_dir)
-        train_features(data, shipped(kind, data.shape))
+        source = options.data or "shapes"
+        data = open_dataset(source, options.image_size, 1, root=options.data_dir)
+        train_features(data, shipped(options.features or source.partition(":")[0], data.shape))
     elif options.stats:
         write_statistics(options)
     else:

@@ -12,9 +12,11 @@ on by the same command. The two dashes keep torchrun from taking --num for a fla
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,9 @@ from engine import (autocast, from_rank0, init_distributed, leave_distributed, p
                     print0, rank_and_world, rank_batches, run)
 from latents import Autoencoder
 from sampler import count_nfe, sample, time_grid
+
+# The largest side of each format in pixels; an npz has none.
+LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000, ".npz": float("inf")}
 
 
 @dataclass
@@ -67,13 +72,17 @@ class Model(NamedTuple):
         times = time_grid(s["steps"], s["schedule"], s["gap"], s["order"])
         return count_nfe(times, s["transport"], s["order"], s["cfg_scale"], s["cfg_interval"])
 
+    def to_images(self, x):
+        """Images on the CPU, of what the sampler returns."""
+        return (self.decode(x) if self.decode else x).cpu()
+
 
 def open_model(path, device, dtype="auto", recipe="", vae=""):
     """A Model from what --ckpt may name. ValueError says what is wrong with it."""
     net, config, names = load_model(path, device, recipe)
-    decode = None
-    if vae or config.vae:
-        decode = Autoencoder(vae or config.vae, config.latent_mean, config.latent_std).to(device).decode
+    vae, decode = vae or config.vae, None
+    if vae:
+        decode = Autoencoder(vae, config.latent_mean, config.latent_std).to(device).decode
     group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     dtype = from_rank0(lambda: pick_dtype(dtype, device), group)        # a try, which might end otherwise
     return Model(net, config, names, device, dtype, decode)
@@ -82,7 +91,7 @@ def open_model(path, device, dtype="auto", recipe="", vae=""):
 def generate(model, seeds, batch_size, rank=0, world=1, classes=None, on_step=None, skip=(), **given):
     """(first, x, y) of this process's batches: images x (B, C, S, S) in [-1, 1] on the CPU, classes y (B,).
 
-    Image k is that of seeds[k] and of classes[k % len(classes)], by default of the class seeds[k] modulo all.
+    Image k is of seeds[k] and classes[k % len(classes)], by default of class seeds[k] modulo all.
     given: settings of the sampler. skip: batches, by their first index.
     """
     settings, count = model.config.sampler(**given), max(1, model.net.num_classes)
@@ -93,73 +102,39 @@ def generate(model, seeds, batch_size, rank=0, world=1, classes=None, on_step=No
         labels = [seed % count for seed in batch]
         if classes:
             labels = [classes[k % len(classes)] for k in range(first, first + len(batch))]
-        y = torch.tensor(labels, device=model.device)
-
-        def noise(i=None, batch=batch):
-            return noise_like_seed(batch, model.shape, i).to(model.device)
+        y, noise = torch.tensor(labels, device=model.device), partial(noise_like_seed, batch, model.shape)
         with autocast(model.device, model.dtype):
-            x = sample(model.net, noise(), y, **settings, noise=noise, on_step=on_step)
+            x = sample(model.net, noise().to(model.device), y, **settings, noise=noise, on_step=on_step)
         if not x.isfinite().all():
-            raise ValueError(f"an image of seeds {batch[0]}..{batch[-1]} is not finite: the model has "
-                             "diverged, or wants --dtype float32")
-        yield first, (model.decode(x) if model.decode else x).cpu(), y.cpu()
-
-
-def newest_model(recipe):
-    """The model of a recipe's run; without one the model saved last under runs/, or the one that ships."""
-    if recipe:
-        return f"runs/{recipe}"
-    runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    return runs[-1] if runs else Path(__file__).parent / "assets/shapes-few.safetensors"
-
-
-def read_seeds(text, num):
-    """Seeds from "0-63" or "3,5,8", else 0..num-1."""
-    try:
-        parts = [part.split("-") for part in text.split(",")] if text else [(0, num - 1)]
-        seeds = [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
-    except ValueError:
-        seeds = []
-    if not seeds or max(seeds) >= 2**63:
-        raise ValueError(f"no seeds in {text or f'num {num}'!r}; expected such as 0-63 or 3,5,8, or --num 64")
-    return seeds
-
-
-LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000}       # pixels of a side
+            raise ValueError(f"an image of seeds {batch[0]}..{batch[-1]} is not finite: "
+                             "the model has diverged, or wants --dtype float32")
+        yield first, model.to_images(x), y.cpu()
 
 
 # ---- a page, or many ----------------------------------------------------------------------------------
 
-def page_columns(classes):
-    return len(classes) if 4 <= len(classes) <= 12 else 8
-
-
-def check_page(out, columns, count, side):
-    """ValueError if a page cannot be written, or is larger than its format can hold."""
+def check_out(out, height):
+    """ValueError if `out` cannot be written, or a page of this height in pixels is too large for it."""
     folder = Path(out).parent
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write into {folder.resolve()}: give another --out")
-    height, limit = -(-count // columns) * (max(64, side) + 4), LARGEST.get(Path(out).suffix.lower(), 2**31)
-    if height > limit:
-        raise ValueError(f"{count} images are a page of {height} pixels, and {out} holds {limit}: use --out "
-                         "samples.npz, or a smaller --num")
+    if height > LARGEST[Path(out).suffix.lower()]:
+        raise ValueError(f"a page of {height} pixels is too high for {out}: use --out samples.npz")
 
 
-def draw_page(out, model, seeds, options, classes):
-    images, strips, seen = [], [], []
-    bar = tqdm(total=len(seeds), unit="image", disable=len(seeds) <= options.batch_size)
-    for _, x, _ in generate(model, seeds, options.batch_size, classes=classes, **options.given(),
-                            on_step=lambda i, t, x_hat: seen.append(x_hat) if options.trajectory else None):
-        images.append(x)
+def draw_page(model, seeds, options, classes, columns):
+    images, seen = [], []
+    on_step = (lambda i, t, x_hat: seen.append(x_hat)) if options.trajectory else None
+    batches = generate(model, seeds, options.batch_size, classes=classes, on_step=on_step, **options.given())
+    total = -(-len(seeds) // options.batch_size)
+    for _, x, _ in tqdm(batches, total=total, unit="batch", disable=total == 1):
         if options.trajectory:
-            strip, steps = torch.stack(seen, 1).flatten(0, 1), len(seen)                # (B * steps, C, S, S)
-            strips.append((model.decode(strip) if model.decode else strip).cpu())
+            columns = len(seen)
+            x = model.to_images(torch.stack(seen, 1).flatten(0, 1))             # (B * columns, C, S, S)
             seen.clear()
-        bar.update(len(x))
-    bar.close()
-    columns = steps if options.trajectory else page_columns(classes or model.names)
-    image_grid(torch.cat(strips or images), columns).save(out)
+        images.append(x)
+    image_grid(torch.cat(images), columns).save(options.out)
 
 
 def save_arrays(path, **arrays):
@@ -170,58 +145,79 @@ def save_arrays(path, **arrays):
     atomic_write(path, write)
 
 
-def draw_npz(out, model, seeds, options, classes):
-    """All images (arr_0: uint8, N H W C) and labels in one npz, as ADM and fid.py read them.
-
-    Each batch is kept beside `out` until all are there, so that an interrupted run does not draw it again.
-    """
+def draw_npz(model, seeds, options, classes):
+    """All images (arr_0: uint8, N H W C) and labels in one npz, as ADM and fid.py read them. Until all are
+    there each batch is kept beside it, so that an interrupted run does not draw it again."""
     (rank, world), size = rank_and_world(), options.batch_size
-    weights = b"".join(value.cpu().float().numpy().tobytes() for value in model.net.state_dict().values())
-    decides = [hashlib.sha256(weights).hexdigest(), model.config.sampler(**options.given()), seeds, classes,
-               size, str(model.dtype), options.vae]
-    fingerprint = hashlib.sha256(json.dumps(decides, default=str).encode()).hexdigest()[:8]
-    parts = Path(f"{out}.parts-{fingerprint}")
+    decides = [model.config.sampler(**options.given()), seeds, classes, size, str(model.dtype), options.vae]
+    fingerprint = hashlib.sha256(json.dumps(decides).encode())
+    for value in model.net.state_dict().values():
+        fingerprint.update(value.cpu().float().numpy().tobytes())
+    parts = Path(f"{options.out}.parts-{fingerprint.hexdigest()[:8]}")
     parts.mkdir(parents=True, exist_ok=True)
     files = {first: parts / f"{first:09d}.npz" for first in rank_batches(len(seeds), size, 0, 1)}
     done = {first for first, file in files.items() if file.is_file()}
-    bar = tqdm(total=len(seeds), initial=min(len(seeds), len(done) * size), unit="image", disable=rank > 0)
-    for first, x, y in generate(model, seeds, size, rank, world, classes, skip=done, **options.given()):
+    batches = generate(model, seeds, size, rank, world, classes, skip=done, **options.given())
+    mine = len(set(rank_batches(len(seeds), size, rank, world)) - done)
+    for first, x, y in tqdm(batches, total=mine, unit="batch", disable=rank > 0):
         save_arrays(files[first], x=to_uint8(x).permute(0, 2, 3, 1).numpy(), y=y.numpy())
-        bar.update(min(len(x) * world, bar.total - bar.n))
-    bar.close()
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
         batches = [dict(np.load(file)) for file in files.values()]
         x, y = (np.concatenate([batch[name] for batch in batches]) for name in "xy")
-        save_arrays(out, arr_0=x, labels=y, seeds=np.array(seeds))
-        for file in parts.iterdir():
-            file.unlink()
-        parts.rmdir()
+        save_arrays(options.out, arr_0=x, labels=y, seeds=np.array(seeds))
+        shutil.rmtree(parts)
+
+
+# ---- the command line ---------------------------------------------------------------------------------
+
+def newest_model(recipe):
+    """The model of a recipe's run; without one the model saved last under runs/, or the one that ships."""
+    if recipe:
+        return f"runs/{recipe}"
+    runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    return runs[-1] if runs else Path(__file__).parent / "assets/shapes-few.safetensors"
+
+
+def read_seeds(text):
+    """Seeds from "0-63" or "3,5,8"."""
+    try:
+        parts = [part.split("-") for part in text.split(",")]
+        seeds = [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
+    except ValueError:
+        seeds = []
+    if not seeds or max(seeds) >= 2**63:
+        raise ValueError(f"no seeds in {text!r}; expected such as 0-63 or 3,5,8")
+    return seeds
 
 
 def main(options):
-    rank, world = rank_and_world()
-    suffix = Path(options.out).suffix.lower()
-    if suffix not in (".png", ".jpg", ".webp", ".npz"):
-        raise ValueError(f"out {options.out!r} must end in .png, .jpg or .webp (a page) or .npz (all images)")
+    (rank, world), suffix = rank_and_world(), Path(options.out).suffix.lower()
+    if suffix not in LARGEST:
+        raise ValueError(f"out {options.out!r} must end in one of {', '.join(LARGEST)}")
     if options.trajectory and suffix == ".npz":
-        raise ValueError(f"a trajectory is a page, and {options.out} is an array: use --out samples.png")
+        raise ValueError("a trajectory is a page: use --out samples.png")
     if world > 1 and suffix != ".npz":
-        raise ValueError(f"several processes draw arrays, and {options.out} is a page: use --out samples.npz")
+        raise ValueError("several processes draw arrays, not a page: use --out samples.npz")
     init_distributed()
-    path, seeds = options.ckpt or newest_model(options.recipe), read_seeds(options.seeds, options.num)
+    path = options.ckpt or newest_model(options.recipe)
+    seeds = read_seeds(options.seeds or f"0-{options.num - 1}")
     model = open_model(path, pick_device(options.device), options.dtype, options.recipe, options.vae)
     if options.classes and not model.names:
         raise ValueError(f"{path} was trained without classes: leave --classes out")
     classes = [class_number(word, model.names) for word in options.classes.split(",") if word]
-    nfe = model.nfe(**options.given())
-
-    columns = 1 if options.trajectory else page_columns(classes or model.names)
-    check_page(options.out, columns, len(seeds), model.net.input_size)
+    nfe, steps = model.nfe(**options.given()), model.config.sampler(**options.given())["steps"]
+    shown = len(classes or model.names)
+    columns = shown if 4 <= shown <= 12 else 8
+    rows = len(seeds) if options.trajectory else -(-len(seeds) // columns)
+    check_out(options.out, rows * (max(64, model.net.input_size) + 4))
     start = time.perf_counter()
-    (draw_npz if suffix == ".npz" else draw_page)(options.out, model, seeds, options, classes)
-    seconds, steps = time.perf_counter() - start, model.config.sampler(**options.given())["steps"]
+    if suffix == ".npz":
+        draw_npz(model, seeds, options, classes)
+    else:
+        draw_page(model, seeds, options, classes, columns)
+    seconds = time.perf_counter() - start
     print0(f"{options.out}: {len(seeds)} images from {path}, {steps} steps, NFE {nfe} each, "
            f"{len(seeds) / seconds:.1f} images/s")
     if options.push and rank == 0:
