@@ -18,6 +18,7 @@ agree on anything. `python data.py` draws a page of shapes.
 import functools
 import hashlib
 import os
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from images import find_classes, locked, read_folder
 # ---- randomness as a function -------------------------------------------------------------------------
 
 def mix(v):
-    """splitmix64 (Steele, Lea, Flood 2014): every bit of the result depends on every bit of the uint64 v."""
+    """splitmix64 (Steele, Lea, Flood 2014): every bit of the uint64 result depends on every bit of v."""
     v = v + np.uint64(0x9E3779B97F4A7C15)
     v = (v ^ (v >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     v = (v ^ (v >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -112,13 +113,13 @@ class Shapes:
 
     def __init__(self, size=32, seed=0):
         self.shape, self.seed, self.names = (3, size, size), seed, list(SHAPES)
-        self.labelled, self.only, self.fingerprint = True, None, ""
+        self.only, self.fingerprint = None, ""
         pixel = (torch.arange(size, dtype=torch.float32) + 0.5) / size - 0.5
         self.x, self.y = pixel[None, None, :], -pixel[None, :, None]                    # (1, 1, S), (1, S, 1)
 
     def select(self, label):
         """Forget the classes; keep only the images of this one, if it is not None."""
-        self.only, self.labelled, self.names = label, False, []
+        self.only, self.names = label, []
 
     def hold_out(self, count):
         """x, y of `count` images that no run ever reaches in the stream."""
@@ -143,7 +144,7 @@ class Shapes:
         ink = hsv_to_rgb(u[:, 5], 0.55 + 0.4 * u[:, 6], 0.6 + 0.4 * u[:, 7])
         paper = hsv_to_rgb(u[:, 8], 0.05 + 0.25 * u[:, 9], 0.86 + 0.14 * u[:, 10])
         x = torch.lerp(paper, ink, cover) * 2 - 1                                       # (B, 3, S, S)
-        return x, y if self.labelled else torch.zeros_like(y)
+        return x, y if self.names else torch.zeros_like(y)
 
 
 # ---- finite sets --------------------------------------------------------------------------------------
@@ -163,8 +164,7 @@ class FiniteDataset:
     def __init__(self, read, labels, shape, names, seed, mirror=False, identity=b""):
         self.read, self.labels, self.shape, self.names = read, np.asarray(labels), tuple(shape), names
         self.fingerprint = f"{len(self.labels)} images, {hashlib.sha256(identity).hexdigest()[:12]}"
-        self.seed, self.mirror = seed, mirror
-        self.rows = np.arange(len(self.labels))         # that are in the stream
+        self.seed, self.mirror, self.rows = seed, mirror, np.arange(len(self.labels))   # rows: in the stream
 
     def __len__(self):
         return len(self.rows)
@@ -174,7 +174,7 @@ class FiniteDataset:
         if label is not None:
             self.rows = self.rows[self.labels[self.rows] == label]
         if not len(self):
-            raise ValueError(f"there is no image of class {self.names[label]}; choose another for --labels")
+            raise ValueError(f"no image of class {self.names[label]}; choose another for --labels")
         self.labels, self.names = np.zeros_like(self.labels), []
 
     def hold_out(self, count):
@@ -257,8 +257,9 @@ def open_dataset(name, size=None, seed=0, labels="all", root="data", cache=None)
     """The stream called `name`, of the table above but for latents. It has .shape (C, S, S), .names of the
     classes, .fingerprint, select(class), hold_out(count), and len() if it is finite.
 
-    size: of the images, for shapes and folders (default 32); others have their own. labels: "all", "none",
-    or a class by name or number. root: where downloads go. cache: where a folder is kept as one array.
+    size: of the images, for shapes and folders (default 32); others have their own. labels: "all", "none"
+    (all images, without classes), or the images of one class, by name or number. root: where downloads go.
+    cache: where a folder is kept as one array.
     """
     kind, _, path = name.partition(":")
     path = os.path.expanduser(path)
@@ -273,14 +274,13 @@ def open_dataset(name, size=None, seed=0, labels="all", root="data", cache=None)
     else:
         raise ValueError(f"unknown data {name!r}; one of: shapes, mnist, cifar10, folder:PATH, npz:PATH")
     if size and size != data.shape[-1]:
-        raise ValueError(f"{name} has images of {data.shape[-1]} pixels, not {size}; leave --image_size out, "
-                         "or use folder:PATH, which resizes")
+        raise ValueError(f"{name} has {data.shape[-1]} pixels a side, not {size}; leave --image_size out")
     select_labels(data, labels)
     return data
 
 
 def select_labels(data, labels):
-    """Keep "all" classes, "none" (all images, without classes), or the images of one, by name or number."""
+    """labels: as for open_dataset."""
     if labels != "all":
         data.select(None if labels == "none" else class_number(labels, data.names))
 
@@ -291,7 +291,7 @@ def class_number(text, names):
         return names.index(text)
     if text.isdigit() and int(text) < len(names):
         return int(text)
-    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    listed = textwrap.shorten(", ".join(names), 200)
     raise ValueError(f"no class {text!r}; use 0..{len(names) - 1}, or a name: {listed}")
 
 

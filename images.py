@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,8 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif",
 # ---- which they are -----------------------------------------------------------------------------------
 
 def find_images(root, above=()):
-    """(sorted paths of all images below a folder, a Counter of what was skipped). Links are followed, but not
-    into one of the folders `above`; what is hidden is skipped."""
+    """(sorted paths of the images below a folder, a Counter of what was skipped). Links are followed, but not
+    into the folders `above`."""
     paths, skipped, above = [], collections.Counter(), (*above, os.path.realpath(root))
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         suffix = Path(entry.name).suffix.lower()
@@ -63,16 +64,15 @@ class Folder(NamedTuple):
 
     def __str__(self):
         counts = collections.Counter(self.labels)
-        listed = [f"{name} {counts[k]}" for k, name in enumerate(self.classes[:10])]
-        more = ", ..." if len(self.classes) > 10 else ""
+        listed = ", ".join(f"{name} {counts[k]}" for k, name in enumerate(self.classes))
         left = ", ".join(f"{n} {what}" for what, n in sorted(self.skipped.items()))
         return (f"{self.root}: {len(self.paths)} images in {len(self.classes)} classes "
-                f"({', '.join(listed)}{more}); skipped: {left or 'none'}")
+                f"({textwrap.shorten(listed, 200)}); skipped: {left or 'none'}")
 
 
 def find_classes(root):
     """The Folder of `root`: one sub-folder a class, with images in it or below it."""
-    expected = "expected one sub-folder a class: PATH/cats/1.png, PATH/dogs/2.jpg, ..."
+    expected = "expected one sub-folder a class: PATH/cats/1.png, PATH/dogs/2.jpg"
     if not Path(root).is_dir():
         raise ValueError(f"no folder {root}; {expected}")
     paths, skipped = find_images(root)
