@@ -1,122 +1,109 @@
 """Every setting of a run, the command line, and the recipes.
 
-A field of `Config` is a flag of train.py: `--lr 1e-3` or `--lr=1e-3`, `--fresh` or `--no-fresh`. A recipe is
-a row of overrides; flags that are given win over it. A run's Config travels with its weights.
+A field of `Config` is a flag of train.py: `--lr 1e-3`, `--fresh` or `--no-fresh`. A recipe is a row of
+overrides; flags that are given win over it. A run's Config travels with its weights.
 """
 import argparse
-import dataclasses
 import difflib
 import math
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from objective import Objective
 
 
-def setting(default, text, group=None, least=None):
-    """A field with its line of help. group: the title of the flags that start here. least: the smallest."""
-    return dataclasses.field(default=default, metadata={"help": text, "group": group, "least": least})
+def setting(default, text, group=None, least=-math.inf, most=math.inf):
+    """A field with its line of help and its range. group: the title of the flags that start here."""
+    return field(default=default, metadata={"help": text, "group": group, "range": (least, most)})
 
 
 def check_numbers(settings):
-    """ValueError for a number that is not finite or below its field's least, or too many or few of them."""
+    """ValueError for a number that is not finite or out of its range, or too many or few of them."""
     for f in fields(settings):
-        value, least = getattr(settings, f.name), f.metadata.get("least")
+        value, usual = getattr(settings, f.name), getattr(Config, f.name, None)
+        least, most = f.metadata.get("range", (-math.inf, math.inf))
         values = value if isinstance(value, tuple) else (value,)
         numbers = [v for v in values if isinstance(v, (int, float))]
-        wanted = getattr(Config, f.name) if f.name in FIXED_LENGTH else value
-        if not all(math.isfinite(v) for v in numbers):
-            raise ValueError(f"{f.name} is {text_of(value)}; it must be finite")
-        if least is not None and numbers and min(numbers) < least:
-            raise ValueError(f"{f.name} is {text_of(value)}; it must be at least {least}")
-        if value is not None and wanted is not value and len(wanted) != len(value):
-            raise ValueError(f"{f.name} is {text_of(value)}; it wants {len(wanted)} numbers, such as "
-                             f"{text_of(wanted)}")
-
-
-FIXED_LENGTH = ("enhance_range", "time_beta", "betas", "schedule", "gap", "cfg_interval")
+        if not all(least <= v <= most and abs(v) < math.inf for v in numbers):
+            raise ValueError(f"{f.name} is {text_of(value)}; it must be finite, from {least} to {most}")
+        if isinstance(usual, tuple) and len(usual) > 1 and len(values) != len(usual) and value is not None:
+            raise ValueError(f"{f.name} is {text_of(value)}; it wants {len(usual)} numbers: {text_of(usual)}")
 
 
 @dataclass
 class Config:
     recipe: str = setting("shapes", "a row of the recipes below", "the run")
     out: str = setting("", "folder of the run; empty: runs/RECIPE")
-    init_from: str = setting("", "first weights, and the teacher: a run, a file, hf://USER/REPO[/FILE]")
-    seed: int = setting(0, "decides everything random", least=0)
-    fresh: bool = setting(False, "start over; what the folder held is renamed, not lost")
+    init_from: str = setting("", "first weights, and teacher: a run, a file, hf://USER/REPO[/FILE]")
+    seed: int = setting(0, "decides everything random", least=0, most=2**63 - 1)
+    fresh: bool = setting(False, "start over; what the folder held is renamed")
     allow_change: bool = setting(False, "resume although settings that change the result differ")
-    device: str = setting("auto", "cuda, mps or cpu; auto: the first of these that is there")
-    dtype: str = setting("auto", "of the products: bfloat16 or float32; auto: bfloat16 where it is faster")
-    compile: bool | None = setting(None, "torch.compile; default: on a GPU, and on a CPU with a C++ compiler")
-    fsdp: bool = setting(False, "FSDP2 over the processes, for networks that do not fit one GPU")
-    grad_checkpoint: bool = setting(False, "recompute activations: less memory, a third more time")
+    device: str = setting("auto", "cuda, mps or cpu; auto: the first there is")
+    dtype: str = setting("auto", "bfloat16 or float32; auto: bfloat16 where it is faster")
+    compile: bool | None = setting(None, "default: on a GPU, and on a CPU with a C++ compiler")
+    fsdp: bool = setting(False, "FSDP2, for networks that do not fit one GPU")
+    grad_checkpoint: bool = setting(False, "less memory, a third more time")
 
     data: str = setting("shapes", "shapes, mnist, cifar10, folder:PATH, npz:PATH or latents:DIR", "data")
     data_dir: str = setting("data", "where mnist and cifar10 are kept, and downloaded to")
-    image_size: int = setting(0, "side in pixels, for shapes and folders; 0: 32, or the data's own", least=0)
+    image_size: int = setting(0, "side in pixels, for shapes and folders; 0: 32", least=0)
     labels: str = setting("all", "all; none: no classes; or one class, by name or number")
-    vae: str = setting("", "autoencoder of latents: a name of latents.AUTOENCODERS, or NAME=PATH")
+    vae: str = setting("", "autoencoder of latents: one of latents.AUTOENCODERS, or NAME=PATH")
 
     model: str = setting("TiT-XXS/4", "DiT SiT LightningDiT TiT - XXS XS S B L XL / 1 2 4 8", "network")
-    x_pred: bool = setting(False, "the layers estimate the data (see model.py); for transport linear")
+    x_pred: bool = setting(False, "the layers estimate the data; for transport linear")
 
     transport: str = setting("linear", "a row of objective.TRANSPORTS", "loss (objective.py)")
     lam: float = setting(0.0, "lambda, the consistency ratio: 0 many-step, 1 few-step")
-    zeta: float = setting(0.0, "the enhancement ratio: how much guidance is trained in")
+    zeta: float = setting(0.0, "enhancement ratio: how much guidance is trained in")
     style: str = setting("none", "ft-vs-fe (from nothing), fc-vs-fe or fc-vs-xz (from --init_from)")
     enhance_range: tuple = setting((0.0, 0.75), "times at which enhancement works in full")
     huber: float = setting(0.0, "c of the pseudo-Huber loss; 0: root of the mean square")
     cosine_loss: bool = setting(False, "add the cosine loss")
-    time_weight: str = setting("cosine", "weight of the times: cosine or none")
+    time_weight: str = setting("cosine", "cosine or none")
     time_beta: tuple = setting((1.0, 1.0, 1.0), "t ~ Beta(theta1, theta2) * theta3")
     label_drop: float = setting(0.1, "probability of the null class")
     derivative: str = setting("central", "at lambda = 1: central or backward difference, or jvp (exact)")
     dt: float = setting(0.005, "step of the differences")
 
     steps: int = setting(2000, "of training", "optimisation", least=1)
-    batch_size: int = setting(64, "over all processes and accumulation steps; a multiple of 16", least=1)
-    micro_batch: int = setting(0, "most images in one pass of one process; 0: its whole share", least=0)
+    batch_size: int = setting(64, "over all processes; a multiple of 16", least=1)
+    micro_batch: int = setting(0, "most images in one pass of one process; 0: its share", least=0)
     optimizer: str = setting("adamw", "adamw, radam, or muon (for the matrices of attention and MLP)")
     lr: float = setting(2e-3, "learning rate after warm-up", least=0)
     betas: tuple = setting((0.9, 0.99), "of the optimiser")
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no limit", least=0)
     warmup: int = setting(200, "steps over which lr rises from 0", least=0)
-    warmdown: float = setting(0.7, "last part of the run, over which lr falls to 0; 0: constant", least=0)
-    ema: tuple = setting((0.999,), "decays of averaged weights; the first is the model", least=0)
+    warmdown: float = setting(0.7, "last part of the run, over which lr falls to 0", least=0, most=1)
+    ema: tuple = setting((0.999,), "decays of averaged weights; the first is the model", least=0, most=1)
 
     sample_steps: int = setting(20, "steps of the sampler", "sampler, as sample.py will have it", least=1)
     kappa: float | str = setting("auto", "extrapolation: a number, or auto (second order)")
     rho: float | str = setting(0.0, "stochasticity: 0..1, or sde")
     schedule: tuple = setting((1.0, 1.0, 1.0), "warp of the time grid")
-    gap: tuple = setting((0.001, 0.001), "distance of the grid from t = 1, and the time of the last call")
+    gap: tuple = setting((0.001, 0.001), "distance of the grid from t = 1; time of the last call")
     cfg_scale: float = setting(1.0, "classifier-free guidance; 1: off")
     cfg_interval: tuple = setting((0.0, 1.0), "where it is on, in the network's own time")
 
     log_every: int = setting(50, "steps between two lines of log.jsonl", "reports and checkpoints", least=1)
-    save_every: int = setting(1000, "steps between two checkpoints, pages and held-out losses", least=1)
-    report_to: str = setting("", "also report to tensorboard or wandb (pip install it first)")
+    save_every: int = setting(1000, "steps between checkpoints, pages and held-out losses", least=1)
+    report_to: str = setting("", "tensorboard or wandb (pip install it first)")
 
-    latent_mean: tuple = ()             # without a line of help: no flags, filled in from the data
+    latent_mean: tuple = ()             # without help: no flags, filled in from the data
     latent_std: tuple = ()
     fingerprint: str = ""               # which images, in which order
 
     def __post_init__(self):
         check_numbers(self)
-        if self.warmdown > 1 or not self.ema or max(self.ema) > 1 or len(set(self.ema)) < len(self.ema):
-            raise ValueError(f"warmdown {self.warmdown} and ema {text_of(self.ema)} must lie in 0..1, and "
-                             "no ema come twice")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed {self.seed} must be below 2^63")
-        if self.cfg_interval[0] > self.cfg_interval[1]:
-            raise ValueError(f"cfg_interval {text_of(self.cfg_interval)} must rise, such as .2,.8")
         for name, allowed in WORDS.items():
             if getattr(self, name) not in allowed:
-                words = ", ".join(word for word in allowed if word)
+                words = ", ".join(filter(None, allowed))
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of: {words}")
-        self.check_pairs()
-
-    def check_pairs(self):
+        if not self.ema or len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"ema is {text_of(self.ema)}; give decays that differ")
+        if self.cfg_interval[0] > self.cfg_interval[1]:
+            raise ValueError(f"cfg_interval is {text_of(self.cfg_interval)}; it must rise, such as .2,.8")
         if self.x_pred and self.transport != "linear":
             raise ValueError(f"x_pred is for transport linear, found {self.transport}: add --no-x_pred")
         if self.optimizer == "muon" and self.fsdp:
@@ -130,8 +117,8 @@ class Config:
     def sampler(self, **given):
         """Keyword arguments for sampler.sample; what is given (and is not None) wins over the run's own."""
         names = ("transport", "kappa", "rho", "schedule", "gap", "cfg_scale", "cfg_interval")
-        settings = {"steps": self.sample_steps, **{name: getattr(self, name) for name in names}}
-        return settings | {name: value for name, value in given.items() if value is not None}
+        own = {name: getattr(self, name) for name in names}
+        return own | {"steps": self.sample_steps} | {k: v for k, v in given.items() if v is not None}
 
 
 WORDS = {"optimizer": ("adamw", "radam", "muon"), "dtype": ("auto", "bfloat16", "float32"),
@@ -144,10 +131,10 @@ FREE = set("""out steps device compile micro_batch fsdp grad_checkpoint data_dir
 
 def differences(before, after):
     """The settings that decide the result and differ, as "name: was -> is"."""
-    pairs = [(f.name, getattr(before, f.name), getattr(after, f.name)) for f in fields(Config)]
-    unknown = {"fingerprint"} if not before.fingerprint else set()      # of a run before it was kept
-    return [f"{name}: {was} -> {now}" for name, was, now in pairs
-            if name not in FREE | unknown and was != now]
+    free = FREE if before.fingerprint else FREE | {"fingerprint"}       # of a run before it was kept
+    was, now = vars(before), vars(after)
+    names = [name for name in now if now[name] != was[name]]
+    return [f"{name}: {was[name]} -> {now[name]}" for name in names if name not in free]
 
 
 @dataclass
@@ -158,31 +145,27 @@ class SamplerFlags:
     rho: float | str | None = setting(None, "stochasticity: 0..1, or sde")
     order: int | None = setting(None, "1, or 2 (Heun)")
     schedule: tuple | None = setting(None, "warp of the time grid")
-    gap: tuple | None = setting(None, "distance of the grid from t = 1, and the time of the last call")
+    gap: tuple | None = setting(None, "distance of the grid from t = 1; time of the last call")
     cfg_scale: float | None = setting(None, "classifier-free guidance; 1: off")
     cfg_interval: tuple | None = setting(None, "where it is on, in the network's own time")
-
-    def __post_init__(self):
-        check_numbers(self)
 
     def given(self):
         return {f.name: getattr(self, f.name) for f in fields(SamplerFlags)}
 
 
 # ---- recipes ------------------------------------------------------------------------------------------
-# A few-step row starts from the many-step run of its name. The comments: score @ network calls (RESULTS.md).
+# A comment is the score @ network calls (RESULTS.md).
 
 X_PRED = dict(x_pred=True, gap=(0.001, 0.05))           # such a network divides by max(t, .05)
-SHAPES = dict(data="shapes", model="TiT-XXS/8", **X_PRED)
-SHAPES32 = dict(data="shapes", model="TiT-XS/8", **X_PRED)
+SHAPES, SHAPES32 = dict(model="TiT-XXS/8", **X_PRED), dict(model="TiT-XS/8", **X_PRED)
 MNIST = dict(data="mnist", model="TiT-XXS/4", **X_PRED)
 CIFAR = dict(data="cifar10", model="TiT-S/2", batch_size=128)
 FOLDER = dict(data="folder:images", model="TiT-XS/4", **X_PRED)
 MANY = dict(zeta=0.5, style="ft-vs-fe", time_beta=(2.0, 1.0, 1.0), time_weight="none", lr=8e-3)
 FEW = dict(lam=1.0, zeta=1.0, style="fc-vs-xz", enhance_range=(0.0, 1.0), huber=1.0, time_weight="none",
            time_beta=(0.8, 1.0, 1.0), derivative="backward", dt=0.05, optimizer="radam", betas=(0.9, 0.999),
-           lr=2e-3, warmup=20, ema=(0.99,), sample_steps=2, kappa=0.0, rho=0.0, gap=(0.001, 0.7))
-FEW32 = FEW | dict(derivative="central", dt=0.02, lr=1e-3, gap=(0.001, 0.6), init_from="runs/shapes32")
+           warmup=20, ema=(0.99,), sample_steps=2, kappa=0.0, gap=(0.001, 0.7))
+FEW32 = FEW | dict(derivative="central", dt=0.02, lr=1e-3, gap=(0.001, 0.6))
 MUON = dict(optimizer="muon")
 
 
@@ -192,23 +175,21 @@ def recipe(*parts, **more):
 
 
 RECIPES = {
-    "shapes":       recipe(SHAPES, MANY, steps=5000),                                     # FD-shapes 6.51 @20
-    "shapes-few":   recipe(SHAPES, FEW, steps=600, init_from="runs/shapes", rho=1.0,
-                           gap=(0.001, 0.5)),                                             # 9.87 @2
-    "shapes32":     recipe(SHAPES32, MANY, MUON, zeta=0.3, lr=5e-3, steps=15000),         # FD-shapes 1.59 @40
-    "shapes32-few": recipe(SHAPES32, FEW32, steps=440),                                   # 1.67 @2
-    "shapes32-one": recipe(SHAPES32, FEW32, MUON, steps=1500, ema=(0.995,), sample_steps=1),    # 2.8 @1
-    "mnist":        recipe(MNIST, MANY, MUON, zeta=0.4, steps=9000),                      # FD-mnist 3.56 @40
-    "mnist-few":    recipe(MNIST, FEW, MUON, lr=6e-3, warmup=100, steps=360, init_from="runs/mnist",
-                           gap=(0.001, 0.85)),                                            # 3.63 @2
+    "shapes":       recipe(SHAPES, MANY, steps=5000),  # FD-shapes 6.51 @20
+    "shapes-few":   recipe(SHAPES, FEW, steps=600, rho=1.0, gap=(0.001, 0.5)),  # 9.87 @2
+    "shapes32":     recipe(SHAPES32, MANY, MUON, zeta=0.3, lr=5e-3, steps=15000),  # FD-shapes 1.59 @40
+    "shapes32-few": recipe(SHAPES32, FEW32, steps=440),  # 1.67 @2
+    "shapes32-one": recipe(SHAPES32, FEW32, MUON, steps=1500, ema=(0.995,), sample_steps=1),  # 2.8 @1
+    "mnist":        recipe(MNIST, MANY, MUON, zeta=0.4, steps=9000),  # FD-mnist 3.56 @40
+    "mnist-few":    recipe(MNIST, FEW, MUON, lr=6e-3, warmup=100, steps=360, gap=(0.001, 0.85)),  # 3.63 @2
     "folder":       recipe(FOLDER, MANY, MUON, lr=5e-3, steps=5000),
-    "folder-few":   recipe(FOLDER, FEW, steps=600, init_from="runs/folder"),
-    "cifar10":      recipe(CIFAR, MANY, lr=1e-3, steps=200_000, ema=(0.9999,)),           # not run
-    "cifar10-few":  recipe(CIFAR, FEW, lr=1e-4, steps=10_000, init_from="runs/cifar10"),  # not run
+    "folder-few":   recipe(FOLDER, FEW, steps=600),
+    "cifar10":      recipe(CIFAR, MANY, lr=1e-3, steps=200_000, ema=(0.9999,)),  # not run
+    "cifar10-few":  recipe(CIFAR, FEW, lr=1e-4, steps=10_000),  # not run
 }
 
-# The published recipes (arXiv 2505.07447): ImageNet, 675 M parameters; published FID @ NFE. Not run here, for
-# they want GPU-days, ImageNet and downloads. Give --data latents:DIR, and to tune --init_from.
+# The published recipes (arXiv 2505.07447): ImageNet, 675 M parameters; published FID @ NFE. Not run here.
+# They want GPU-days and downloads. Give --data latents:DIR, and to tune --init_from.
 LATENTS = dict(image_size=256, ema=(0.9999,), warmdown=0.0, warmup=0, batch_size=1024, grad_clip=0.1)
 WARP = (1.17, 0.8, 1.1)
 IN_MANY = LATENTS | dict(style="ft-vs-fe", cosine_loss=True, lr=2e-4, betas=(0.9, 0.95), grad_clip=1.0,
@@ -223,45 +204,49 @@ SD512 = dict(model="TiT-XL/4", vae="sd-ema", image_size=512)
 REPAE, REPA = dict(model="SiT-XL/1", vae="e2e-vavae"), dict(model="SiT-XL/2", vae="sd-ema")
 LIGHTNING = dict(model="LightningDiT-XL/1", vae="vavae", transport="relinear")
 DDT = dict(model="DDT-XL/2", vae="sd-ema", transport="relinear")
+DIT = dict(model="DiT-XL/2", vae="sd-ema", transport="ddpm")
 MIDDLE = dict(time_beta=(2.4, 2.4, 1.0))
 
 RECIPES |= {
     # train, many-step
-    "in256-vavae": recipe(IN_MANY, VAVAE, zeta=0.47, steps=500_000, sample_steps=30, kappa=0.5,
-                          schedule=(1.0, 1.0, 1.0)),                                                # 1.21 @30
+    "in256-vavae": recipe(IN_MANY, VAVAE, zeta=0.47, steps=500_000, sample_steps=30, kappa=0.5,  # 1.21 @30
+                          schedule=(1.0, 1.0, 1.0)),
     "in256-e2e":   recipe(IN_MANY, E2E, zeta=0.67, steps=300_000, kappa=0.5),
     "in256-sd":    recipe(IN_MANY, SD, MIDDLE, zeta=0.44, steps=500_000, sample_steps=60, kappa=0.21),
-    "in512-dcae":  recipe(IN_MANY, DCAE, zeta=0.57, steps=1_000_000, kappa=0.46),                   # 1.48 @40
+    "in512-dcae":  recipe(IN_MANY, DCAE, zeta=0.57, steps=1_000_000, kappa=0.46),  # 1.48 @40
     "in512-sd":    recipe(IN_MANY, SD512, MIDDLE, zeta=0.60, steps=400_000, kappa=0.4),
-    # train, few-step, from the many-step model of the same name
-    "in256-vavae-few": recipe(IN_FEW, VAVAE, init_from="runs/in256-vavae", zeta=2.0, steps=40_000,
-                              gap=(0.001, 0.3)),                                                    # 1.42 @2
-    "in256-e2e-few":   recipe(IN_FEW, E2E, init_from="runs/in256-e2e", zeta=1.3, huber=9.0, gap=(0.001, 0.5)),
-    "in256-sd-few":    recipe(IN_FEW, SD, init_from="runs/in256-sd", zeta=2.0, gap=(0.001, 0.3)),
-    "in512-dcae-few":  recipe(IN_FEW, DCAE, init_from="runs/in512-dcae", zeta=1.5, gap=(0.0, 0.6)),  # 1.75 @2
-    "in512-sd-few":    recipe(IN_FEW, SD512, init_from="runs/in512-sd", zeta=1.5, gap=(0.001, 0.5)),
+    # train, few-step
+    "in256-vavae-few": recipe(IN_FEW, VAVAE, zeta=2.0, steps=40_000, gap=(0.001, 0.3)),  # 1.42 @2
+    "in256-e2e-few":   recipe(IN_FEW, E2E, zeta=1.3, huber=9.0, gap=(0.001, 0.5)),
+    "in256-sd-few":    recipe(IN_FEW, SD, zeta=2.0, gap=(0.001, 0.3)),
+    "in512-dcae-few":  recipe(IN_FEW, DCAE, zeta=1.5, gap=(0.0, 0.6)),  # 1.75 @2
+    "in512-sd-few":    recipe(IN_FEW, SD512, zeta=1.5, gap=(0.001, 0.5)),
     # tune somebody else's model to two steps: give --init_from
-    "tune-repae":        recipe(IN_TUNE, REPAE, zeta=2.5, steps=500, gap=(0.001, 0.75)),            # 1.39 @2
-    "tune-repa":         recipe(IN_TUNE, REPA, zeta=1.7, gap=(0.001, 0.6)),                         # 1.95 @2
-    "tune-lightningdit": recipe(IN_TUNE, LIGHTNING, zeta=3.0, gap=(0.001, 0.6)),                    # 2.06 @2
-    "tune-ddt":          recipe(IN_TUNE, DDT, zeta=1.9, batch_size=512, gap=(0.001, 0.5)),          # 1.90 @2
-    # sample somebody else's model faster: give --ckpt
+    "tune-repae":        recipe(IN_TUNE, REPAE, zeta=2.5, steps=500, gap=(0.001, 0.75)),  # 1.39 @2
+    "tune-repa":         recipe(IN_TUNE, REPA, zeta=1.7, gap=(0.001, 0.6)),  # 1.95 @2
+    "tune-lightningdit": recipe(IN_TUNE, LIGHTNING, zeta=3.0, gap=(0.001, 0.6)),  # 2.06 @2
+    "tune-ddt":          recipe(IN_TUNE, DDT, zeta=1.9, batch_size=512, gap=(0.001, 0.5)),  # 1.90 @2
+    # sample somebody else's model faster: give --ckpt. dit and sit: no published setting
     "repae":        recipe(FASTER, REPAE, cfg_scale=2.5, cfg_interval=(0.0, 0.76), sample_steps=40,
-                           kappa=0.54, schedule=(1.2, 0.72, 1.2), gap=(0.001, 0.002)),      # 1.06 @80
-    "lightningdit": recipe(FASTER, LIGHTNING, cfg_scale=6.7, cfg_interval=(0.125, 1.0), kappa=0.5),   # 1.21
-    "ddt":          recipe(FASTER, DDT, cfg_scale=2.0, cfg_interval=(0.3, 1.0), kappa=0.28),        # 1.27
-    "ddt512":       recipe(FASTER, DDT, image_size=512, cfg_scale=3.0, cfg_interval=(0.3, 1.0), kappa=0.28,
-                           sample_steps=150),                                               # 1.24 @300
-    "sit":          recipe(FASTER, REPA, transport="relinear", cfg_scale=1.5),      # no published setting
-    "dit":          recipe(FASTER, model="DiT-XL/2", vae="sd-ema", transport="ddpm", cfg_scale=1.5,
-                           schedule=(1.0, 1.0, 1.0)),                               # no published setting
+                           kappa=0.54, schedule=(1.2, 0.72, 1.2), gap=(0.001, 0.002)),  # 1.06 @80
+    "lightningdit": recipe(FASTER, LIGHTNING, cfg_scale=6.7, cfg_interval=(0.125, 1.0), kappa=0.5),  # 1.21
+    "ddt":          recipe(FASTER, DDT, cfg_scale=2.0, cfg_interval=(0.3, 1.0), kappa=0.28),  # 1.27
+    "ddt512":       recipe(FASTER, DDT, image_size=512, cfg_scale=3.0, cfg_interval=(0.3, 1.0),  # 1.24 @300
+                           kappa=0.28, sample_steps=150),
+    "sit":          recipe(FASTER, REPA, transport="relinear", cfg_scale=1.5),
+    "dit":          recipe(LATENTS, DIT, sample_steps=50, cfg_scale=1.5),
 }
+
+for name, row in RECIPES.items():  # a few-step run starts from the many-step run of its name
+    base, _, kind = name.rpartition("-")
+    if kind in ("few", "one"):
+        row["init_from"] = f"runs/{base}"
 
 
 # ---- command line -------------------------------------------------------------------------------------
 
 def nearest(word, words):
-    """The likest of some words, for a message."""
+    """Those that are most like a word, for a message."""
     return ", ".join(difflib.get_close_matches(str(word), list(words), cutoff=0))
 
 
@@ -277,16 +262,17 @@ def number_or_word(text):
 
 
 def numbers(text):
-    return tuple(float(part) for part in text.split(","))
+    return tuple(map(float, text.split(",")))
 
 
 def expand_home(text):
     """~ as the shell has it, also behind folder: and NAME=."""
-    return re.sub(r"(^|[:=])~(?=/|$)", lambda found: found[1] + os.path.expanduser("~"), text)
+    return re.sub(r"(?<![^:=])~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
 
-READERS = {str: expand_home, int: int, float: float, tuple: numbers, float | str: number_or_word}
-METAVARS = {str: "TEXT", int: "N", float: "X", tuple: "X,X", float | str: "X"}
+# A type of field: what reads its flag, and how -h shows the value.
+READERS = {str: (expand_home, "TEXT"), int: (int, "N"), float: (float, "X"), tuple: (numbers, "X,X"),
+           float | str: (number_or_word, "X")}
 
 
 def fail(message):
@@ -294,10 +280,8 @@ def fail(message):
 
 
 def read_flags(kind, argv, doc, epilog=""):
-    """The flags that argv gives, as a dict; the fields of the dataclass `kind` that have help are the flags.
-
-    -h prints doc, every flag, and epilog. ValueError names the nearest flag to one that is unknown.
-    """
+    """The flags that argv gives, as a dict: fields of the dataclass `kind` that have help. -h prints doc,
+    every flag, and epilog."""
     parser = argparse.ArgumentParser(description=doc, epilog=epilog, usage="%(prog)s [--FLAG VALUE ...]",
                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message}; {parser.prog} -h lists the flags")
@@ -305,14 +289,14 @@ def read_flags(kind, argv, doc, epilog=""):
     for f in flags:
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        base = f.type if f.type in READERS else next((t for t in READERS if f.type == t | None), bool)
-        how = dict(type=READERS.get(base), metavar=METAVARS.get(base))
-        if base is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        hidden = f.default is None or f.default is False or f.default == ""
-        shown = "" if hidden else f" [{text_of(f.default)}]"
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how,
-                           help=f.metadata["help"].replace("%", "%%") + shown)
+        base = next((t for t in READERS if f.type in (t, t | None)), bool)
+        how = dict(action=argparse.BooleanOptionalAction)
+        if base is not bool:
+            how = dict(zip(("type", "metavar"), READERS[base]))
+        default = text_of(f.default)
+        shown = "" if default in ("", "None", "False") else f" [{default}]"
+        text = f.metadata["help"].replace("%", "%%") + shown
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     given, rest = parser.parse_known_args(argv)
     if rest:
         flag = rest[0].split("=")[0]

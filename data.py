@@ -3,20 +3,22 @@
     data = open_dataset("shapes", size=32, seed=0)
     x, y = data[positions]              # x (B, C, S, S) float32 in [-1, 1], y (B,) int64
 
-| name        | is                                                                                       |
-|-------------|------------------------------------------------------------------------------------------|
-| shapes      | paper cut-outs of eight kinds, rendered from formulas: never the same image twice        |
-| mnist       | 28x28 digits, through torchvision, which downloads them on first use                     |
-| cifar10     | 32x32 colour photographs, the same way; mirrored at random                               |
-| folder:PATH | one sub-folder a class, any sizes: resized, centre-cropped, mirrored at random           |
-| npz:PATH    | arrays x (uint8; N, H, W, C or N, H, W) and y (integers)                                 |
-| latents:DIR | what latents.py encoded, or somebody published so; mirrored at random (see latents.py)   |
+| name        | is                                                                              |
+|-------------|---------------------------------------------------------------------------------|
+| shapes      | paper cut-outs of eight kinds, from formulas: never the same image twice        |
+| mnist       | 28x28 digits; torchvision downloads them on first use                           |
+| cifar10     | 32x32 colour photographs, the same way; mirrored at random                      |
+| folder:PATH | one sub-folder a class, any sizes: resized, centre-cropped, mirrored at random  |
+| npz:PATH    | arrays x (uint8; N, H, W, C or N, H, W) and y (integers)                        |
+| latents:DIR | latents, opened by latents.py; mirrored at random                               |
 
-A finite set comes in a new order each epoch. A stream has no state: there is nothing to save, and processes
-need not agree on anything. `python data.py` draws a page of shapes.
+A finite set comes in a new order each epoch. A stream has no state: nothing is saved, and processes need not
+agree on anything. `python data.py` draws a page of shapes.
 """
+import functools
 import hashlib
 import os
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from images import find_classes, locked, read_folder
 # ---- randomness as a function -------------------------------------------------------------------------
 
 def mix(v):
-    """splitmix64 (Steele, Lea, Flood 2014): uint64 to uint64, every output bit depends on every input bit."""
+    """splitmix64 (Steele, Lea, Flood 2014): every bit of the uint64 result depends on every bit of v."""
     v = v + np.uint64(0x9E3779B97F4A7C15)
     v = (v ^ (v >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     v = (v ^ (v >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -37,8 +39,8 @@ def mix(v):
 
 
 def key(*numbers):
-    """One number in 0..2^63-1 from several, to seed a generator with: key(seed, step, block)."""
-    state = np.zeros(1, np.uint64)
+    """One seed in 0..2^63-1 from several numbers, such as key(seed, step, block)."""
+    state = np.zeros(1, np.uint64)          # an array: numpy warns where a scalar overflows
     for number in numbers:
         state = mix(state ^ np.uint64(number))
     return int(state[0] >> np.uint64(1))
@@ -61,8 +63,8 @@ def noise_like_seed(seeds, shape, step=None):
 
 
 # ---- shapes -------------------------------------------------------------------------------------------
-# A shape is its signed distance: negative inside, 0 on the outline, in units of its radius, y upwards.
-# https://iquilezles.org/articles/distfunctions2d derives such formulas; these take whole batches.
+# A shape is its signed distance: negative inside, in units of its radius, y upwards.
+# https://iquilezles.org/articles/distfunctions2d derives such formulas.
 
 def star(x, y):
     """Five points: fold the plane into a tenth of the star, where the outline is a line from tip to notch."""
@@ -107,18 +109,17 @@ def hsv_to_rgb(h, s, v):
 
 
 class Shapes:
-    """The centre moves by 12 % of the width either way, the size by 20 %, the angle by 18 degrees. The hue,
-    saturation and brightness of shape and paper are free."""
+    """The centre moves by 12 % of the width either way, the size by 20 %, the angle by 18 degrees."""
 
     def __init__(self, size=32, seed=0):
         self.shape, self.seed, self.names = (3, size, size), seed, list(SHAPES)
-        self.labelled, self.only, self.fingerprint = True, None, ""
+        self.only, self.fingerprint = None, ""
         pixel = (torch.arange(size, dtype=torch.float32) + 0.5) / size - 0.5
         self.x, self.y = pixel[None, None, :], -pixel[None, :, None]                    # (1, 1, S), (1, S, 1)
 
     def select(self, label):
         """Forget the classes; keep only the images of this one, if it is not None."""
-        self.only, self.labelled, self.names = label, False, []
+        self.only, self.names = label, []
 
     def hold_out(self, count):
         """x, y of `count` images that no run ever reaches in the stream."""
@@ -143,10 +144,15 @@ class Shapes:
         ink = hsv_to_rgb(u[:, 5], 0.55 + 0.4 * u[:, 6], 0.6 + 0.4 * u[:, 7])
         paper = hsv_to_rgb(u[:, 8], 0.05 + 0.25 * u[:, 9], 0.86 + 0.14 * u[:, 10])
         x = torch.lerp(paper, ink, cover) * 2 - 1                                       # (B, 3, S, S)
-        return x, y if self.labelled else torch.zeros_like(y)
+        return x, y if self.names else torch.zeros_like(y)
 
 
 # ---- finite sets --------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=2)         # two: a batch can lie across the border of epochs
+def permutation(seed, epoch, count):
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
 
 class FiniteDataset:
     """A finite set as an endless stream: a new order each epoch, mirrored at random if `mirror`.
@@ -158,88 +164,74 @@ class FiniteDataset:
     def __init__(self, read, labels, shape, names, seed, mirror=False, identity=b""):
         self.read, self.labels, self.shape, self.names = read, np.asarray(labels), tuple(shape), names
         self.fingerprint = f"{len(self.labels)} images, {hashlib.sha256(identity).hexdigest()[:12]}"
-        self.seed, self.mirror, self.permutations = seed, mirror, {}
+        self.seed, self.mirror, self.rows = seed, mirror, np.arange(len(self.labels))   # rows: in the stream
 
     def __len__(self):
-        return len(self.labels)
-
-    def restrict(self, rows):
-        """Keep these rows only, in this order."""
-        read = self.read
-        self.labels, self.read = self.labels[rows], lambda indices, flip: read(rows[indices], flip)
+        return len(self.rows)
 
     def select(self, label):
         """Forget the classes; keep only the images of this one, if it is not None."""
         if label is not None:
-            self.restrict(np.flatnonzero(self.labels == label))
+            self.rows = self.rows[self.labels[self.rows] == label]
         if not len(self):
-            raise ValueError(f"there is no image of class {self.names[label]}; choose another for --labels")
+            raise ValueError(f"no image of class {self.names[label]}; choose another for --labels")
         self.labels, self.names = np.zeros_like(self.labels), []
 
     def hold_out(self, count):
         """x, y of `count` images (at most a twentieth) that leave the stream, the same for every seed."""
-        shuffled = np.random.default_rng(0).permutation(len(self))
-        count = min(count, len(self) // 20)
-        held, y = shuffled[:count], torch.from_numpy(self.labels[shuffled[:count]]).long()
-        x = self.read(held, np.zeros(count, bool)) if count else torch.zeros(0, *self.shape)
-        self.restrict(shuffled[count:])
-        return x, y
+        shuffled = self.rows[np.random.default_rng(0).permutation(len(self))]
+        held, self.rows = np.split(shuffled, [min(count, len(self) // 20)])
+        return self.batch(held, np.zeros(len(held), bool))
 
-    def permutation(self, epoch):
-        if epoch not in self.permutations:      # keep two: a batch can lie across the border of epochs
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
-            self.permutations = {**dict(list(self.permutations.items())[-1:]), epoch: order}
-        return self.permutations[epoch]
+    def batch(self, rows, flip):
+        return self.read(rows, flip), torch.from_numpy(self.labels[rows]).long()        # (B, C, S, S), (B,)
 
     def __getitem__(self, positions):
         epochs, places = np.divmod(np.asarray(positions), len(self))
-        indices = np.empty_like(places)
+        rows, flip = np.empty_like(places), np.zeros(len(places), bool)
         for epoch in np.unique(epochs):
-            indices[epochs == epoch] = self.permutation(int(epoch))[places[epochs == epoch]]
-        flip = np.zeros(len(indices), bool)
+            now = epochs == epoch
+            rows[now] = self.rows[permutation(self.seed, int(epoch), len(self))[places[now]]]
         if self.mirror:
             flip = uniforms(self.seed, positions, 1)[:, 0] < 0.5
-        y = torch.from_numpy(self.labels[indices]).long()
-        return self.read(indices, flip), y                                              # (B, C, S, S), (B,)
+        return self.batch(rows, flip)
 
 
-def from_uint8(read):
-    """What FiniteDataset reads with, from read(indices) -> uint8 (B, C, S, S)."""
-    def floats(indices, flip):
-        x = torch.from_numpy(read(indices)).float() / 127.5 - 1
-        return torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
-    return floats
+def reader(x):
+    """What FiniteDataset reads with, from x uint8 (N, C, S, S)."""
+    def read(indices, flip):
+        images = torch.from_numpy(x[indices]).float() / 127.5 - 1
+        return torch.where(torch.from_numpy(flip)[:, None, None, None], images.flip(-1), images)
+    return read
 
 
 def open_folder(path, size, seed, cache):
     folder = find_classes(path)
     print0(folder)
     x, rows = read_folder(folder, size, cache, progress=rank_and_world()[0] == 0)
-    labels, names = np.asarray(folder.labels)[rows], folder.names()
-    identity = "\n".join(names[k] for k in rows).encode()
-    read = from_uint8(lambda indices: x[indices])
-    return FiniteDataset(read, labels, x.shape[1:], folder.classes, seed, True, identity)
+    labels, names = np.asarray(folder.labels)[rows], np.asarray(folder.names(), object)[rows]
+    identity = "\n".join(names).encode()
+    return FiniteDataset(reader(x), labels, x.shape[1:], folder.classes, seed, True, identity)
 
 
 def from_arrays(x, y, names, seed, mirror=False):
-    """From x uint8 (N, S, S, C) or (N, S, S), y integers (N,) from 0."""
+    """From x uint8 (N, S, S, C) or (N, S, S), y integers (N,) from 0; names None: the numbers that occur."""
     x, y = np.asarray(x), np.asarray(y)
     good_x = x.dtype == np.uint8 and x.ndim in (3, 4) and x.shape[1] == x.shape[2]
     if not good_x or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
-        raise ValueError("expected x uint8 (N, S, S, C) or (N, S, S) and y integers (N,) from 0, "
-                         f"found x {x.dtype} {x.shape}, y {y.dtype} {y.shape}")
-    x = x[..., None] if x.ndim == 3 else x
-    x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))                                   # (N, C, S, S)
-    if not names:                   # numbers with gaps: only those that occur are classes
+        raise ValueError(f"found x {x.dtype} {x.shape}, y {y.dtype} {y.shape}; "
+                         "expected x uint8 (N, S, S, C) or (N, S, S), y integers (N,) from 0")
+    x = np.moveaxis(x, 3, 1) if x.ndim == 4 else x[:, None]
+    x = np.ascontiguousarray(x)                                                         # (N, C, S, S)
+    if not names:
         found, y = np.unique(y, return_inverse=True)
         names = [str(k) for k in found]
-    identity, read = x.tobytes() + y.tobytes(), from_uint8(lambda indices: x[indices])
-    return FiniteDataset(read, y, x.shape[1:], names, seed, mirror, identity)
+    return FiniteDataset(reader(x), y, x.shape[1:], names, seed, mirror, x.tobytes() + y.tobytes())
 
 
 def open_npz(path, seed):
     if not Path(path).is_file():
-        raise ValueError(f"no file {path}; expected npz:PATH with x (uint8; N, H, W, C) and y (integers)")
+        raise ValueError(f"no file {path}; expected an npz file with arrays x and y")
     try:
         with np.load(path, allow_pickle=False) as file:
             x, y = file["x"], file["y"]
@@ -254,21 +246,20 @@ def open_torchvision(name, root, seed):
         with locked(root):          # one process downloads
             train = {"mnist": sets.MNIST, "cifar10": sets.CIFAR10}[name](root, train=True, download=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{name} is not in {root} and could not be downloaded ({one_line(error)}): copy it "
-                         "there, or use --data npz:PATH") from error
-    x, y, names = np.asarray(train.data), np.asarray(train.targets), [str(c) for c in train.classes]
-    return from_arrays(x, y, names, seed, mirror=name == "cifar10")
+        raise ValueError(f"{name} is not in {root} and cannot be downloaded ({one_line(error)}): "
+                         "copy it there, or use --data npz:PATH") from error
+    return from_arrays(train.data, train.targets, list(train.classes), seed, mirror=name == "cifar10")
 
 
 # ---- by name ------------------------------------------------------------------------------------------
 
 def open_dataset(name, size=None, seed=0, labels="all", root="data", cache=None):
     """The stream called `name`, of the table above but for latents. It has .shape (C, S, S), .names of the
-    classes, select(class), hold_out(count), and len() if it is finite.
+    classes, .fingerprint, select(class), hold_out(count), and len() if it is finite.
 
-    size: of the images, for shapes and folders (default 32); others have their own. labels: "all", "none",
-    or a class by name or number. root: where downloads go. cache: where a folder is kept as one array.
-    ValueError: what was found, what to type.
+    size: of the images, for shapes and folders (default 32); others have their own. labels: "all", "none"
+    (all images, without classes), or the images of one class, by name or number. root: where downloads go.
+    cache: where a folder is kept as one array.
     """
     kind, _, path = name.partition(":")
     path = os.path.expanduser(path)
@@ -283,26 +274,25 @@ def open_dataset(name, size=None, seed=0, labels="all", root="data", cache=None)
     else:
         raise ValueError(f"unknown data {name!r}; one of: shapes, mnist, cifar10, folder:PATH, npz:PATH")
     if size and size != data.shape[-1]:
-        raise ValueError(f"{name} has images of {data.shape[-1]} pixels, not {size}; leave --image_size out, "
-                         "or use folder:PATH, which resizes")
+        raise ValueError(f"{name} has {data.shape[-1]} pixels a side, not {size}; leave --image_size out")
     select_labels(data, labels)
     return data
 
 
 def select_labels(data, labels):
-    """Keep "all" classes, "none" (all images, without classes), or the images of one, by name or number."""
+    """labels: as for open_dataset."""
     if labels != "all":
         data.select(None if labels == "none" else class_number(labels, data.names))
 
 
 def class_number(text, names):
-    """A class by name or number. ValueError lists what there is."""
+    """A class by name or number."""
     if text in names:
         return names.index(text)
-    if str(text).isdigit() and int(text) < len(names):
+    if text.isdigit() and int(text) < len(names):
         return int(text)
-    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    raise ValueError(f"no class {text!r}; there are {len(names)}, numbered 0..{len(names) - 1}: {listed}")
+    listed = textwrap.shorten(", ".join(names), 200)
+    raise ValueError(f"no class {text!r}; use 0..{len(names) - 1}, or a name: {listed}")
 
 
 # ---- looking at them ----------------------------------------------------------------------------------
@@ -314,12 +304,12 @@ def to_uint8(x):
 
 def image_grid(x, columns, side=64):
     """A Pillow page of images (B, C, S, S) in [-1, 1], row by row, each magnified to about `side` pixels."""
-    zoom, rows = max(1, side // x.shape[-1]), -(-len(x) // columns)
-    cell = x.shape[-1] * zoom + 4
+    side, rows = x.shape[-1] * max(1, side // x.shape[-1]), -(-len(x) // columns)
+    cell = side + 4
     page = Image.new("RGB", (columns * cell - 4, rows * cell - 4), "white")
     for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()):
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3])
-        image = image.resize((cell - 4, cell - 4), Image.Resampling.NEAREST)
+        image = image.resize((side, side), Image.Resampling.NEAREST)
         page.paste(image, (k % columns * cell, k // columns * cell))
     return page
 

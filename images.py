@@ -1,13 +1,13 @@
 """Image files: which they are, how one is read, and a folder of them as one array.
 
-train.py, latents.py and fid.py find and read images here, so that all three see the same ones.
+Training, encoding and scores find and read images here, so that all three see the same ones.
 """
 import collections
 import contextlib
 import hashlib
 import json
 import os
-import re
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,17 +24,18 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif",
 
 # ---- which they are -----------------------------------------------------------------------------------
 
-def find_images(root, above=(), skipped=None):
-    """(paths of all images below a folder, sorted; a Counter of what was skipped). Links are followed, but
-    not into a folder that holds them; hidden files and folders are skipped."""
-    skipped, here = collections.Counter() if skipped is None else skipped, os.path.realpath(root)
-    paths = []
+def find_images(root, above=()):
+    """(sorted paths of the images below a folder, a Counter of what was skipped). Links are followed, but not
+    into the folders `above`."""
+    paths, skipped, above = [], collections.Counter(), (*above, os.path.realpath(root))
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        hidden, suffix = entry.name.startswith("."), Path(entry.name).suffix.lower()
-        if hidden:
+        suffix = Path(entry.name).suffix.lower()
+        if entry.name.startswith("."):
             skipped["hidden"] += 1
-        elif entry.is_dir() and os.path.realpath(entry.path) not in (here, *above):
-            paths += find_images(entry.path, (here, *above), skipped)[0]
+        elif entry.is_dir() and os.path.realpath(entry) not in above:
+            inner, more = find_images(entry.path, above)
+            paths += inner
+            skipped += more
         elif entry.is_file() and suffix in EXTENSIONS:
             paths.append(entry.path)
         else:
@@ -57,29 +58,28 @@ class Folder(NamedTuple):
 
     def fingerprint(self, *more):
         """A hash of the names, sizes and times of the files, and of more."""
-        stats = [os.stat(path) for path in self.paths]
+        stats = map(os.stat, self.paths)
         rows = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(self.names(), stats)]
         return hashlib.sha256(json.dumps([rows, self.classes, more]).encode()).hexdigest()[:16]
 
     def __str__(self):
         counts = collections.Counter(self.labels)
-        listed = ", ".join(f"{name} {counts[k]}" for k, name in enumerate(self.classes[:10]))
-        more = ", ..." if len(self.classes) > 10 else ""
+        listed = ", ".join(f"{name} {counts[k]}" for k, name in enumerate(self.classes))
         left = ", ".join(f"{n} {what}" for what, n in sorted(self.skipped.items()))
-        return (f"{self.root}: {len(self.paths)} images in {len(self.classes)} classes ({listed}{more})"
-                f"{f'; skipped: {left}' if left else ''}")
+        return (f"{self.root}: {len(self.paths)} images in {len(self.classes)} classes "
+                f"({textwrap.shorten(listed, 200)}); skipped: {left or 'none'}")
 
 
 def find_classes(root):
-    """A Folder: one sub-folder a class, with images in it or below it. ValueError says what is expected."""
-    expected = "expected one sub-folder a class: PATH/cats/1.png, PATH/dogs/2.jpg, ..."
+    """The Folder of `root`: one sub-folder a class, with images in it or below it."""
+    expected = "expected one sub-folder a class: PATH/cats/1.png, PATH/dogs/2.jpg"
     if not Path(root).is_dir():
         raise ValueError(f"no folder {root}; {expected}")
     paths, skipped = find_images(root)
     kept = [path for path in paths if Path(path).parent != Path(root)]
-    skipped["outside a class"] = len(paths) - len(kept)
     if not kept:
         raise ValueError(f"no images in the sub-folders of {root}; {expected}")
+    skipped["outside a class"] = len(paths) - len(kept)
     names = [Path(path).relative_to(root).parts[0] for path in kept]
     classes = sorted(set(names))
     return Folder(str(root), kept, [classes.index(name) for name in names], classes, +skipped)
@@ -88,7 +88,7 @@ def find_classes(root):
 # ---- how one is read ----------------------------------------------------------------------------------
 
 def scale_to_8_bit(image):
-    """Modes of more than 8 bits by their range, which Pillow would clip: 16 or 32 bits, or floats up to 1."""
+    """Scale modes of more than 8 bits, which Pillow would clip: 16 or 32 bits, or floats up to 1."""
     x = np.asarray(image, np.float64)
     ranges = (1, 255, 65535, 2**31 - 1) if image.mode == "F" else (65535, 2**31 - 1)
     top = next((top for top in ranges if x.max() <= top), x.max())
@@ -96,29 +96,27 @@ def scale_to_8_bit(image):
 
 
 def read_rgb(path, on_white=True):
-    """An RGB Pillow image, upright. Transparency: on white, or (as the peers of fid.py have it) left out.
-    ValueError names a file that cannot be read, whatever Pillow says of it."""
+    """An RGB Pillow image, upright. Transparency: on white, or left out as the peers of fid.py do."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 image = scale_to_8_bit(image)
             if on_white and image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except Exception as error:
-        raise ValueError(f"cannot read the image {path} ({one_line(error)}): replace or remove it") from error
+    except Exception as error:      # damage has many names in Pillow
+        raise ValueError(f"cannot read {path} ({one_line(error)}): replace or remove it") from error
 
 
 def read_square(path, size):
     """uint8 (3, size, size): shorter side to size, centre crop."""
-    image = ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.asarray(ImageOps.fit(read_rgb(path), (size, size))).transpose(2, 0, 1)
 
 
 def read_or_reason(path, read):
-    """read(path), or the reason (text) why the file could not be read."""
+    """read(path), or the reason (text) why not."""
     try:
         return read(path)
     except ValueError as error:
@@ -126,7 +124,7 @@ def read_or_reason(path, read):
 
 
 def check_unreadable(bad, count):
-    """Name the files that cannot be read; ValueError if they are more than 10 and 1 % of all."""
+    """Print the reasons; ValueError if they are more than 10 and 1 % of all."""
     for reason in bad[:10]:
         print(reason)
     if len(bad) > max(10, count // 100) or len(bad) == count:
@@ -146,40 +144,37 @@ def read_many(paths, read, batch_size=64, workers=None):
 # ---- a folder as one array ----------------------------------------------------------------------------
 
 def read_folder(folder, size, cache=None, progress=True):
-    """(images uint8 (N, 3, size, size), rows: which of the folder's they are), read once.
+    """(images uint8 (N, 3, size, size), rows: which of the folder's they are).
 
-    cache: a folder that keeps the array, mapped into memory, for the next start; it is read again when names,
-    sizes or times of the files have changed. Without it the array is in memory.
+    cache: a folder that keeps the array, mapped into memory, until names, sizes or times of the files change.
     """
-    cache = cache if len(folder.paths) >= CACHE_FROM else None
-    name = f"images{size}_{folder.fingerprint(size)}"
+    count = len(folder.paths)
+    if count < CACHE_FROM:
+        cache, progress = None, False
+    file = Path(cache or "") / f"images{size}_{folder.fingerprint(size)}.npy"
     with locked(cache):
-        if cache and (Path(cache) / f"{name}.json").is_file():
-            rows = json.loads((Path(cache) / f"{name}.json").read_text())
-            return np.load(Path(cache) / f"{name}.npy", mmap_mode="r"), rows
-        x, bad = np.empty((len(folder.paths), 3, size, size), np.uint8), {}
-        bar = tqdm(total=len(folder.paths), unit="image", desc=f"reading {folder.root}",
-                   disable=not progress or len(folder.paths) < CACHE_FROM)
-        for batch in read_many(folder.paths, lambda path: read_square(path, size)):
-            for k, image in batch:
-                if isinstance(image, str):
-                    bad[k] = image
-                else:
-                    x[k - len(bad)] = image
-            bar.update(len(batch))
-        bar.close()
-        check_unreadable(list(bad.values()), len(folder.paths))
-        x, rows = x[:len(x) - len(bad)], [k for k in range(len(folder.paths)) if k not in bad]
-        with contextlib.suppress(OSError):      # a disk that does not take it: then it stays in memory
-            if cache:
-                for old in Path(cache).iterdir():
-                    if re.fullmatch(rf"images{size}_[0-9a-f]{{16}}\.(npy|json)", old.name):
-                        old.unlink()
-                np.save(Path(cache) / f"{name}.npy", x)
-                temporary = Path(cache) / f"{name}.tmp"         # last, and at once: it says that all is there
+        if cache and file.with_suffix(".json").is_file():
+            return np.load(file, mmap_mode="r"), json.loads(file.with_suffix(".json").read_text())
+        x, rows, bad = np.empty((count, 3, size, size), np.uint8), [], []
+        batches = read_many(folder.paths, lambda path: read_square(path, size))
+        images = (pair for batch in batches for pair in batch)
+        for k, image in tqdm(images, f"reading {folder.root}", count, unit="image", disable=not progress):
+            if isinstance(image, str):
+                bad.append(image)
+            else:
+                x[len(rows)] = image
+                rows.append(k)
+        check_unreadable(bad, count)
+        x = x[:len(rows)]
+        if cache:
+            with contextlib.suppress(OSError):      # a disk that does not take it: then it stays in memory
+                for old in file.parent.glob(f"images{size}_{'[0-9a-f]' * 16}.*"):
+                    old.unlink()
+                np.save(file, x)
+                temporary = file.with_suffix(".tmp")        # last, and at once: it says that all is there
                 temporary.write_text(json.dumps(rows))
-                temporary.rename(Path(cache) / f"{name}.json")
-        return x, rows
+                temporary.rename(file.with_suffix(".json"))
+    return x, rows
 
 
 @contextlib.contextmanager
