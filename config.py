@@ -154,7 +154,7 @@ class SamplerFlags:
 
 
 # ---- recipes ------------------------------------------------------------------------------------------
-# A comment is the score @ network calls (RESULTS.md).
+# A comment is the FD-shapes or FD-mnist @ network calls (RESULTS.md).
 
 X_PRED = dict(x_pred=True, gap=(0.001, 0.05))           # such a network divides by max(t, .05)
 SHAPES, SHAPES32 = dict(model="TiT-XXS/8", **X_PRED), dict(model="TiT-XS/8", **X_PRED)
@@ -175,13 +175,13 @@ def recipe(*parts, **more):
 
 
 RECIPES = {
-    "shapes":       recipe(SHAPES, MANY, steps=5000),                                            # FD-shapes 6.51 @20
+    "shapes":       recipe(SHAPES, MANY, steps=5000),                                            # 6.51 @20
     "shapes-few":   recipe(SHAPES, FEW, steps=600, rho=1.0, gap=(0.001, 0.5)),                   # 9.87 @2
-    "shapes32":     recipe(SHAPES32, MANY, MUON, zeta=0.3, lr=5e-3, steps=15000),                # FD-shapes 1.59 @40
+    "shapes32":     recipe(SHAPES32, MANY, MUON, zeta=0.3, lr=5e-3, steps=15000),                # 1.59 @40
     "shapes32-few": recipe(SHAPES32, FEW32, steps=440),                                          # 1.67 @2
     "shapes32-one": recipe(SHAPES32, FEW32, MUON, steps=1500, ema=(0.995,), sample_steps=1),     # 2.8 @1
-    "mnist":        recipe(MNIST, MANY, MUON, zeta=0.4, steps=9000),                             # FD-mnist 3.56 @40
-    "mnist-few":    recipe(MNIST, FEW, MUON, lr=6e-3, warmup=100, steps=360, gap=(0.001, 0.85)), # 3.63 @2
+    "mnist":        recipe(MNIST, MANY, MUON, zeta=0.4, steps=9000),                             # 3.56 @40
+    "mnist-few":    recipe(MNIST, FEW, MUON, lr=6e-3, warmup=100, steps=360, gap=(0.001, 0.85)),  # 3.63 @2
     "folder":       recipe(FOLDER, MANY, MUON, lr=5e-3, steps=5000),
     "folder-few":   recipe(FOLDER, FEW, steps=600),
     "cifar10":      recipe(CIFAR, MANY, lr=1e-3, steps=200_000, ema=(0.9999,)),                  # not run
