@@ -45,8 +45,8 @@ class Config:
     fsdp: bool = setting(False, "FSDP2, for networks that do not fit one GPU")
     grad_checkpoint: bool = setting(False, "less memory, a third more time")
 
-    data: str = setting("shapes", "shapes, mnist, cifar10, folder:PATH, npz:PATH or latents:DIR", "data")
-    data_dir: str = setting("data", "where mnist and cifar10 are kept, and downloaded to")
+    data: str = setting("shapes", "shapes mnist fashion cifar10 folder:PATH npz:PATH or latents:DIR", "data")
+    data_dir: str = setting("data", "where mnist, fashion and cifar10 are kept, and downloaded to")
     image_size: int = setting(0, "side in pixels, for shapes and folders; 0: 32", least=0)
     labels: str = setting("all", "all; none: no classes; or one class, by name or number")
     vae: str = setting("", "autoencoder of latents: one of latents.AUTOENCODERS, or NAME=PATH")

