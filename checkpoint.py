@@ -134,6 +134,8 @@ def build(config, shape, num_classes):
     make, switches = models[config.model], {"x_pred": True} if config.x_pred else {}
     if switches and not hasattr(make, "keywords"):
         raise ValueError(f"{config.model} has no x_pred: add --no-x_pred")
+    if switches and config.transport != "linear":
+        raise ValueError(f"x_pred is for transport linear, found {config.transport}: add --no-x_pred")
     net = make(in_channels=shape[0], input_size=shape[-1], num_classes=num_classes, **switches)
     if missing := [name for name in NETWORK if not hasattr(net, name)]:
         raise ValueError(f"{config.model} lacks the attributes {', '.join(missing)}: see CONTRIBUTING.md")

@@ -2,15 +2,20 @@
 
 A field of `Config` is a flag of train.py: `--lr 1e-3`, `--fresh` or `--no-fresh`. A recipe is a row of
 overrides; flags that are given win over it. A run's Config travels with its weights.
+
+The scripts read their flags before they load torch, which takes seconds: -h and mistakes answer at once.
 """
 import argparse
 import difflib
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass, field, fields
 
-from objective import Objective
+# How long OpenMP's threads wait for one another in a loop, before they sleep. Its own choice, 100 times as
+# long, is no faster alone, and slows a step several times where another program takes one of the cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def setting(default, text, group=None, least=-math.inf, most=math.inf):
@@ -40,13 +45,14 @@ class Config:
     fresh: bool = setting(False, "start over; what the folder held is renamed")
     allow_change: bool = setting(False, "resume although settings that change the result differ")
     device: str = setting("auto", "cuda, mps or cpu; auto: the first there is")
+    threads: int = setting(0, "of each process on a CPU; 0: one a core", least=0)
     dtype: str = setting("auto", "bfloat16 or float32; auto: bfloat16 where it is faster")
     compile: bool | None = setting(None, "default: on a GPU, and on a CPU with a C++ compiler")
     fsdp: bool = setting(False, "FSDP2, for networks that do not fit one GPU")
     grad_checkpoint: bool = setting(False, "less memory, a third more time")
 
-    data: str = setting("shapes", "shapes mnist fashion cifar10 folder:PATH npz:PATH or latents:DIR", "data")
-    data_dir: str = setting("data", "where mnist, fashion and cifar10 are kept, and downloaded to")
+    data: str = setting("shapes", "shapes, mnist[:DIR], fashion[:DIR], cifar10[:DIR] (downloaded to DIR), "
+                        "folder:PATH, npz:PATH or latents:DIR", "data")
     image_size: int = setting(0, "side in pixels, for shapes and folders; 0: 32", least=0)
     labels: str = setting("all", "all; none: no classes; or one class, by name or number")
     vae: str = setting("", "autoencoder of latents: one of latents.AUTOENCODERS, or NAME=PATH")
@@ -90,7 +96,8 @@ class Config:
     save_every: int = setting(1000, "steps between checkpoints, pages and held-out losses", least=1)
     report_to: str = setting("", "tensorboard or wandb (pip install it first)")
 
-    latent_mean: tuple = ()             # without help: no flags, filled in from the data
+    about: str = ""                     # without help: no flags. What the recipe is
+    latent_mean: tuple = ()             # the rest is filled in from the data
     latent_std: tuple = ()
     fingerprint: str = ""               # which images, in which order
 
@@ -104,14 +111,13 @@ class Config:
             raise ValueError(f"ema is {text_of(self.ema)}; give decays that differ")
         if self.cfg_interval[0] > self.cfg_interval[1]:
             raise ValueError(f"cfg_interval is {text_of(self.cfg_interval)}; it must rise, such as .2,.8")
-        if self.x_pred and self.transport != "linear":
-            raise ValueError(f"x_pred is for transport linear, found {self.transport}: add --no-x_pred")
         if self.optimizer == "muon" and self.fsdp:
             raise ValueError("muon works on whole matrices: leave out --fsdp, or take --optimizer adamw")
         if self.model.startswith("DDT") and (self.x_pred or self.grad_checkpoint):
             raise ValueError("DDT has neither x_pred nor grad_checkpoint: leave them out")
 
     def objective(self):
+        from objective import Objective
         return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective)})
 
     def sampler(self, **given):
@@ -125,8 +131,8 @@ WORDS = {"optimizer": ("adamw", "radam", "muon"), "dtype": ("auto", "bfloat16", 
          "report_to": ("", "tensorboard", "wandb")}
 
 # What may differ between a run and its continuation: where and how fast it runs, and what it tells.
-FREE = set("""out steps device compile micro_batch fsdp grad_checkpoint data_dir fresh allow_change log_every
-           save_every report_to""".split())
+FREE = set("""out steps device compile threads micro_batch fsdp grad_checkpoint fresh allow_change log_every
+           save_every report_to about""".split())
 
 
 def differences(before, after):
@@ -154,7 +160,6 @@ class SamplerFlags:
 
 
 # ---- recipes ------------------------------------------------------------------------------------------
-# A comment is the FD-shapes or FD-mnist @ network calls (RESULTS.md).
 
 X_PRED = dict(x_pred=True, gap=(0.001, 0.05))           # such a network divides by max(t, .05)
 SHAPES, SHAPES32 = dict(model="TiT-XXS/8", **X_PRED), dict(model="TiT-XS/8", **X_PRED)
@@ -169,23 +174,28 @@ FEW32 = FEW | dict(derivative="central", dt=0.02, lr=1e-3, gap=(0.001, 0.6))
 MUON = dict(optimizer="muon")
 
 
-def recipe(*parts, **more):
-    """One row: later parts win."""
-    return {name: value for part in (*parts, more) for name, value in part.items()}
+def recipe(about, *parts, **more):
+    """One row: later parts win. about: what it makes, for -h."""
+    return {name: value for part in (*parts, more) for name, value in part.items()} | {"about": about}
 
 
+# Minutes are of two CPU cores. FD @ n: the score at n network calls, by our features (RESULTS.md).
 RECIPES = {
-    "shapes":       recipe(SHAPES, MANY, steps=5000),                                            # 6.51 @20
-    "shapes-few":   recipe(SHAPES, FEW, steps=600, rho=1.0, gap=(0.001, 0.5)),                   # 9.87 @2
-    "shapes32":     recipe(SHAPES32, MANY, MUON, zeta=0.3, lr=5e-3, steps=15000),                # 1.59 @40
-    "shapes32-few": recipe(SHAPES32, FEW32, steps=440),                                          # 1.67 @2
-    "shapes32-one": recipe(SHAPES32, FEW32, MUON, steps=1500, ema=(0.995,), sample_steps=1),     # 2.8 @1
-    "mnist":        recipe(MNIST, MANY, MUON, zeta=0.4, steps=9000),                             # 3.56 @40
-    "mnist-few":    recipe(MNIST, FEW, MUON, lr=6e-3, warmup=100, steps=360, gap=(0.001, 0.85)),  # 3.63 @2
-    "folder":       recipe(FOLDER, MANY, MUON, lr=5e-3, steps=5000),
-    "folder-few":   recipe(FOLDER, FEW, steps=600),
-    "cifar10":      recipe(CIFAR, MANY, lr=1e-3, steps=200_000, ema=(0.9999,)),                  # not run
-    "cifar10-few":  recipe(CIFAR, FEW, lr=1e-4, steps=10_000),                                   # not run
+    "shapes":       recipe("many-step: 4 min, FD-shapes 5.9 @ 20", SHAPES, MANY, steps=5000),
+    "shapes-few":   recipe("two steps: 45 s, 9.3 @ 2", SHAPES, FEW, steps=600, rho=1.0, gap=(0.001, 0.5)),
+    "shapes32":     recipe("many-step: 46 min of one core, 1.6 @ 40",
+                           SHAPES32, MANY, MUON, zeta=0.3, lr=5e-3, steps=15000),
+    "shapes32-few": recipe("two steps: 2 min, 1.7 @ 2", SHAPES32, FEW32, steps=440),
+    "shapes32-one": recipe("one step: 7 min, 2.8 @ 1",
+                           SHAPES32, FEW32, MUON, steps=1500, ema=(0.995,), sample_steps=1),
+    "mnist":        recipe("many-step: 43 min of one core, FD-mnist 3.6 @ 40",
+                           MNIST, MANY, MUON, zeta=0.4, steps=9000),
+    "mnist-few":    recipe("two steps: 2 min, 3.6 @ 2",
+                           MNIST, FEW, MUON, lr=6e-3, warmup=100, steps=360, gap=(0.001, 0.85)),
+    "folder":       recipe("many-step, your images: 80 min", FOLDER, MANY, MUON, lr=5e-3, steps=5000),
+    "folder-few":   recipe("two steps: 10 min", FOLDER, FEW, steps=600),
+    "cifar10":      recipe("many-step; not run", CIFAR, MANY, lr=1e-3, steps=200_000, ema=(0.9999,)),
+    "cifar10-few":  recipe("two steps; not run", CIFAR, FEW, lr=1e-4, steps=10_000),
 }
 
 # The published recipes (arXiv 2505.07447): ImageNet, 675 M parameters; published FID @ NFE. Not run here.
@@ -209,32 +219,38 @@ MIDDLE = dict(time_beta=(2.4, 2.4, 1.0))
 
 RECIPES |= {
     # train, many-step
-    "in256-vavae": recipe(IN_MANY, VAVAE, zeta=0.47, steps=500_000, sample_steps=30, kappa=0.5,  # 1.21 @30
-                          schedule=(1.0, 1.0, 1.0)),
-    "in256-e2e":   recipe(IN_MANY, E2E, zeta=0.67, steps=300_000, kappa=0.5),
-    "in256-sd":    recipe(IN_MANY, SD, MIDDLE, zeta=0.44, steps=500_000, sample_steps=60, kappa=0.21),
-    "in512-dcae":  recipe(IN_MANY, DCAE, zeta=0.57, steps=1_000_000, kappa=0.46),  # 1.48 @40
-    "in512-sd":    recipe(IN_MANY, SD512, MIDDLE, zeta=0.60, steps=400_000, kappa=0.4),
+    "in256-vavae": recipe("published FID 1.21 @ 30", IN_MANY, VAVAE, zeta=0.47, steps=500_000,
+                          sample_steps=30, kappa=0.5, schedule=(1.0, 1.0, 1.0)),
+    "in256-e2e":   recipe("published many-step", IN_MANY, E2E, zeta=0.67, steps=300_000, kappa=0.5),
+    "in256-sd":    recipe("published many-step", IN_MANY, SD, MIDDLE, zeta=0.44, steps=500_000,
+                          sample_steps=60, kappa=0.21),
+    "in512-dcae":  recipe("published FID 1.48 @ 40", IN_MANY, DCAE, zeta=0.57, steps=1_000_000, kappa=0.46),
+    "in512-sd":    recipe("published many-step", IN_MANY, SD512, MIDDLE, zeta=0.60, steps=400_000, kappa=0.4),
     # train, few-step
-    "in256-vavae-few": recipe(IN_FEW, VAVAE, zeta=2.0, steps=40_000, gap=(0.001, 0.3)),  # 1.42 @2
-    "in256-e2e-few":   recipe(IN_FEW, E2E, zeta=1.3, huber=9.0, gap=(0.001, 0.5)),
-    "in256-sd-few":    recipe(IN_FEW, SD, zeta=2.0, gap=(0.001, 0.3)),
-    "in512-dcae-few":  recipe(IN_FEW, DCAE, zeta=1.5, gap=(0.0, 0.6)),  # 1.75 @2
-    "in512-sd-few":    recipe(IN_FEW, SD512, zeta=1.5, gap=(0.001, 0.5)),
+    "in256-vavae-few": recipe("published FID 1.42 @ 2", IN_FEW, VAVAE, zeta=2.0, steps=40_000,
+                              gap=(0.001, 0.3)),
+    "in256-e2e-few":   recipe("published few-step", IN_FEW, E2E, zeta=1.3, huber=9.0, gap=(0.001, 0.5)),
+    "in256-sd-few":    recipe("published few-step", IN_FEW, SD, zeta=2.0, gap=(0.001, 0.3)),
+    "in512-dcae-few":  recipe("published FID 1.75 @ 2", IN_FEW, DCAE, zeta=1.5, gap=(0.0, 0.6)),
+    "in512-sd-few":    recipe("published few-step", IN_FEW, SD512, zeta=1.5, gap=(0.001, 0.5)),
     # tune somebody else's model to two steps: give --init_from
-    "tune-repae":        recipe(IN_TUNE, REPAE, zeta=2.5, steps=500, gap=(0.001, 0.75)),  # 1.39 @2
-    "tune-repa":         recipe(IN_TUNE, REPA, zeta=1.7, gap=(0.001, 0.6)),  # 1.95 @2
-    "tune-lightningdit": recipe(IN_TUNE, LIGHTNING, zeta=3.0, gap=(0.001, 0.6)),  # 2.06 @2
-    "tune-ddt":          recipe(IN_TUNE, DDT, zeta=1.9, batch_size=512, gap=(0.001, 0.5)),  # 1.90 @2
+    "tune-repae":        recipe("published FID 1.39 @ 2", IN_TUNE, REPAE, zeta=2.5, steps=500,
+                                gap=(0.001, 0.75)),
+    "tune-repa":         recipe("published FID 1.95 @ 2", IN_TUNE, REPA, zeta=1.7, gap=(0.001, 0.6)),
+    "tune-lightningdit": recipe("published FID 2.06 @ 2", IN_TUNE, LIGHTNING, zeta=3.0, gap=(0.001, 0.6)),
+    "tune-ddt":          recipe("published FID 1.90 @ 2", IN_TUNE, DDT, zeta=1.9, batch_size=512,
+                                gap=(0.001, 0.5)),
     # sample somebody else's model faster: give --ckpt. dit and sit: no published setting
-    "repae":        recipe(FASTER, REPAE, cfg_scale=2.5, cfg_interval=(0.0, 0.76), sample_steps=40,
-                           kappa=0.54, schedule=(1.2, 0.72, 1.2), gap=(0.001, 0.002)),  # 1.06 @80
-    "lightningdit": recipe(FASTER, LIGHTNING, cfg_scale=6.7, cfg_interval=(0.125, 1.0), kappa=0.5),  # 1.21
-    "ddt":          recipe(FASTER, DDT, cfg_scale=2.0, cfg_interval=(0.3, 1.0), kappa=0.28),  # 1.27
-    "ddt512":       recipe(FASTER, DDT, image_size=512, cfg_scale=3.0, cfg_interval=(0.3, 1.0),  # 1.24 @300
-                           kappa=0.28, sample_steps=150),
-    "sit":          recipe(FASTER, REPA, transport="relinear", cfg_scale=1.5),
-    "dit":          recipe(LATENTS, DIT, sample_steps=50, cfg_scale=1.5),
+    "repae":        recipe("published FID 1.06 @ 80", FASTER, REPAE, cfg_scale=2.5, cfg_interval=(0.0, 0.76),
+                           sample_steps=40, kappa=0.54, schedule=(1.2, 0.72, 1.2), gap=(0.001, 0.002)),
+    "lightningdit": recipe("published FID 1.21 @ 100", FASTER, LIGHTNING, cfg_scale=6.7,
+                           cfg_interval=(0.125, 1.0), kappa=0.5),
+    "ddt":          recipe("published FID 1.27 @ 100", FASTER, DDT, cfg_scale=2.0, cfg_interval=(0.3, 1.0),
+                           kappa=0.28),
+    "ddt512":       recipe("published FID 1.24 @ 300", FASTER, DDT, image_size=512, cfg_scale=3.0,
+                           cfg_interval=(0.3, 1.0), kappa=0.28, sample_steps=150),
+    "sit":          recipe("samples SiT files", FASTER, REPA, transport="relinear", cfg_scale=1.5),
+    "dit":          recipe("samples DiT files", LATENTS, DIT, sample_steps=50, cfg_scale=1.5),
 }
 
 for name, row in RECIPES.items():  # a few-step run starts from the many-step run of its name
@@ -247,7 +263,8 @@ for name, row in RECIPES.items():  # a few-step run starts from the many-step ru
 
 def nearest(word, words):
     """Those that are most like a word, for a message."""
-    return ", ".join(difflib.get_close_matches(str(word), list(words), cutoff=0))
+    lower = {name.lower(): name for name in words}
+    return ", ".join(lower[name] for name in difflib.get_close_matches(str(word).lower(), lower, cutoff=0))
 
 
 def text_of(value):
@@ -279,13 +296,23 @@ def fail(message):
     raise ValueError(message)
 
 
-def read_flags(kind, argv, doc, epilog=""):
+def unknown(word, flags):
+    """The message for what is no flag."""
+    if word.startswith("-"):
+        return f"unknown flag {word}; nearest: {nearest(word, flags)}"
+    meant = f", such as --recipe {word}" if word in RECIPES else "; yes and no are --FLAG and --no-FLAG"
+    return f"{word!r} belongs to no flag: write --FLAG VALUE{meant}"
+
+
+def read_flags(kind, argv, doc, row=None, epilog=""):
     """The flags that argv gives, as a dict: fields of the dataclass `kind` that have help. -h prints doc,
-    every flag, and epilog."""
+    every flag with the value it has where it is not given, and epilog. row: from the flags, of the recipe."""
     parser = argparse.ArgumentParser(description=doc, epilog=epilog, usage="%(prog)s [--FLAG VALUE ...]",
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     add_help=False)
     parser.error = lambda message: fail(f"{message}; {parser.prog} -h lists the flags")
-    flags, group = [f for f in fields(kind) if "help" in f.metadata], parser
+    parser.add_argument("-h", "--help", action="store_true", help="print this")
+    flags, group, actions = [f for f in fields(kind) if "help" in f.metadata], parser, {}
     for f in flags:
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
@@ -293,16 +320,21 @@ def read_flags(kind, argv, doc, epilog=""):
         how = dict(action=argparse.BooleanOptionalAction)
         if base is not bool:
             how = dict(zip(("type", "metavar"), READERS[base]))
-        default = text_of(f.default)
-        shown = "" if default in ("", "None", "False") else f" [{default}]"
-        text = f.metadata["help"].replace("%", "%%") + shown
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
+        actions[f] = group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how)
     given, rest = parser.parse_known_args(argv)
+    given, helps = vars(given), vars(given).pop("help")
+    recipe_row = row(given) if row else {}
+    if helps:
+        for f, action in actions.items():
+            default = text_of(recipe_row.get(f.name, f.default))
+            shown = "" if default in ("", "None", "False") else f" [{default}]"
+            action.help = f.metadata["help"].replace("%", "%%") + shown
+        parser.print_help()
+        sys.exit()
     if rest:
-        flag = rest[0].split("=")[0]
-        fail(f"unknown flag {flag}; nearest: {nearest(flag, [f'--{f.name}' for f in flags])}")
-    check_numbers(kind(**vars(given)))
-    return vars(given)
+        fail(unknown(rest[0].split("=")[0], [f"--{f.name}" for f in flags]))
+    check_numbers(kind(**given))
+    return given
 
 
 def recipe_row(name):
@@ -313,7 +345,18 @@ def recipe_row(name):
 
 def read_config(argv, doc):
     """Config from the command line: defaults, then the recipe, then the flags that were given."""
-    epilog = "in brackets: the value where neither the recipe nor a flag gives another\n\nrecipes:\n  "
-    given = read_flags(Config, argv, doc, epilog + "\n  ".join(RECIPES))
+    epilog = "in brackets: the value in this recipe, where no flag gives another\n\nrecipes:\n"
+    epilog += "\n".join(f"  {name:18}{row['about']}" for name, row in RECIPES.items())
+    row = lambda given: recipe_row(given.get("recipe", Config.recipe))
+    given = read_flags(Config, argv, doc, row, epilog)
     name = given.get("recipe", Config.recipe)
-    return Config(**recipe(recipe_row(name), given, recipe=name, out=given.get("out") or f"runs/{name}"))
+    return Config(**recipe_row(name) | given | dict(recipe=name, out=given.get("out") or f"runs/{name}"))
+
+
+def command_line(read, *more):
+    """read(flags of this process, *more). A mistake is one line for the user, and status 2."""
+    try:
+        return read(sys.argv[1:], *more)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

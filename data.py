@@ -6,7 +6,7 @@
 | name        | is                                                                              |
 |-------------|---------------------------------------------------------------------------------|
 | shapes      | paper cut-outs of eight kinds, from formulas: never the same image twice        |
-| mnist       | 28x28 digits; torchvision downloads them on first use                           |
+| mnist[:DIR] | 28x28 digits; torchvision downloads them on first use, into data or DIR         |
 | fashion     | 28x28 clothes, shoes and bags (Fashion-MNIST, arXiv 1708.07747), the same way   |
 | cifar10     | 32x32 colour photographs, the same way; mirrored at random                      |
 | folder:PATH | one sub-folder a class, any sizes: resized, centre-cropped, mirrored at random  |
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from engine import one_line, print0, rank_and_world
 from images import find_classes, locked, read_folder
@@ -257,12 +257,12 @@ def open_torchvision(name, root, seed, test):
 
 # ---- by name ------------------------------------------------------------------------------------------
 
-def open_dataset(name, size=None, seed=0, labels="all", root="data", cache=None, test=False):
+def open_dataset(name, size=None, seed=0, labels="all", cache=None, test=False):
     """The stream called `name`, of the table above but for latents. It has .shape (C, S, S), .names of the
     classes, .fingerprint, select(class), hold_out(count), and len() if it is finite.
 
     size: of the images, for shapes and folders (default 32); others have their own. labels: "all", "none"
-    (all images, without classes), or the images of one class, by name or number. root: where downloads go.
+    (all images, without classes), or the images of one class, by name or number.
     cache: where a folder is kept as one array. test: the images that a set keeps for tests, if it has any.
     """
     kind, _, path = name.partition(":")
@@ -274,10 +274,12 @@ def open_dataset(name, size=None, seed=0, labels="all", root="data", cache=None,
     elif kind == "npz":
         data = open_npz(path, seed)
     elif kind in TORCHVISION:
-        data = open_torchvision(kind, root, seed, test)
+        data = open_torchvision(kind, path or "data", seed, test)
     else:
         known = ", ".join(["shapes", *TORCHVISION, "folder:PATH", "npz:PATH"])
-        raise ValueError(f"unknown data {name!r}; one of: {known}")
+        if Path(name).exists():
+            known = f"npz:{name}" if name.endswith(".npz") else f"folder:{name}"
+        raise ValueError(f"unknown data {name!r}; give {known}")
     if size and size != data.shape[-1]:
         raise ValueError(f"{name} has {data.shape[-1]} pixels a side, not {size}; leave --image_size out")
     select_labels(data, labels)
@@ -307,15 +309,19 @@ def to_uint8(x):
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
-def image_grid(x, columns, side=64):
-    """A Pillow page of images (B, C, S, S) in [-1, 1], row by row, each magnified to about `side` pixels."""
-    side, rows = x.shape[-1] * max(1, side // x.shape[-1]), -(-len(x) // columns)
+def image_grid(x, columns, side=64, titles=()):
+    """A Pillow page of images (B, C, S, S) in [-1, 1], row by row, each magnified to about `side` pixels.
+    titles: of the columns."""
+    side, rows, top = x.shape[-1] * max(1, side // x.shape[-1]), -(-len(x) // columns), 18 if titles else 0
     cell = side + 4
-    page = Image.new("RGB", (columns * cell - 4, rows * cell - 4), "white")
+    page = Image.new("RGB", (columns * cell - 4, top + rows * cell - 4), "white")
+    for k, title in enumerate(titles):
+        ImageDraw.Draw(page).text((k * cell + side / 2, 3), title[:side // 6], "black",
+                                  ImageFont.load_default(11), anchor="ma")
     for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()):
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3])
         image = image.resize((side, side), Image.Resampling.NEAREST)
-        page.paste(image, (k % columns * cell, k // columns * cell))
+        page.paste(image, (k % columns * cell, top + k // columns * cell))
     return page
 
 

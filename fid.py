@@ -17,30 +17,9 @@
 The last line is JSON. FD-NAME comes with its floor (real images against other real ones), the accuracy (share
 named as the class asked for) and the variety (variance within a class, over that of real images).
 """
-import itertools
-import json
-import sys
-import zipfile
-from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import torchvision
-from tqdm import tqdm
-
-from config import SamplerFlags, read_flags, setting
-from data import open_dataset, to_uint8
-from engine import (gather, init_distributed, leave_distributed, one_line, pick_device, print0,
-                    rank_and_world, rank_batches, run)
-from features import EffNet, Inception, file_hash, shipped, small_features, train_features
-from images import check_unreadable, find_images, read_or_reason, read_rgb
-from sample import generate, open_model, save_arrays
+from config import SamplerFlags, command_line, read_flags, setting
 
 
 @dataclass
@@ -57,13 +36,39 @@ class Options(SamplerFlags):
     weights: str = setting("", "file of Inception weights; empty: from pytorch-fid's release")
     resize: str = setting("torch-fidelity", "rule for Inception's 299 pixels: torch-fidelity or pytorch-fid")
     data: str = setting("", "FD-NAME: the real images; empty: what the model was trained on")
-    data_dir: str = setting("data", "where mnist is kept")
     image_size: int = setting(0, "with --train: side of the images", least=0)
     train: bool = setting(False, "train the small feature network of --data")
     batch_size: int = setting(100, "images at a time", least=1)
     device: str = setting("auto", "cuda, mps or cpu")
     dtype: str = setting("auto", "of the sampler's network: bfloat16 or float32")
 
+
+if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
+    OPTIONS = command_line(lambda argv: Options(**read_flags(Options, argv, __doc__)))
+
+import itertools
+import json
+import math
+import zipfile
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+from checkpoint import as_one_error
+from data import open_dataset, to_uint8
+from engine import (gather, init_distributed, leave_distributed, pick_device, print0, rank_and_world,
+                    rank_batches, run)
+from features import EffNet, Inception, file_hash, shipped, small_features, train_features
+from images import check_unreadable, find_images, read_or_reason, read_rgb
+from sample import generate, open_model, save_arrays
 
 # ---- distances ----------------------------------------------------------------------------------------
 
@@ -192,6 +197,9 @@ class Statistics:
 
 # ---- images -------------------------------------------------------------------------------------------
 
+READABLE = "missing or damaged? Give folder:PATH, or an .npz of plain arrays, without pickles"
+
+
 def read_opaque(path):
     """uint8 (H, W, 3); transparency is left out, as by torch-fidelity and pytorch-fid."""
     return np.asarray(read_rgb(path, on_white=False))
@@ -202,11 +210,7 @@ def stored_images(source, batch_size):
     Where sizes differ a batch is cut, so that each part holds one size."""
     path = Path(source.removeprefix("folder:").removeprefix("npz:")).expanduser()
     if not path.is_dir():
-        x = next((v for v in read_npz(path).values() if v.dtype == np.uint8 and v.ndim == 4), None)
-        if x is None or x.shape[-1] not in (1, 3) or not len(x):
-            raise ValueError(f"{path} holds no uint8 images (N, H, W, C), C 1 or 3")
-        for first in rank_batches(len(x), batch_size, *rank_and_world()):
-            yield first, torch.from_numpy(x[first:first + batch_size]).permute(0, 3, 1, 2)
+        yield from npz_images(path, batch_size)
         return
     files, skipped = find_images(path)
     if not files:
@@ -238,16 +242,32 @@ def stream_images(data, start, num, batch_size, labelled):
         yield first, to_uint8(x), *([y] if labelled else [])
 
 
+def npz_images(path, batch_size):
+    """(first, uint8 (B, C, H, W)) of this process's batches of an .npz file. It is read as it goes: eight
+    processes with all of 50,000 images would not fit the memory."""
+    with as_one_error(f"no images at {path}", READABLE), zipfile.ZipFile(path) as file:
+        for name in file.namelist():
+            with file.open(name) as array:
+                version = np.lib.format.read_magic(array)
+                read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+                shape, by_column, dtype = read_header(array)
+                if (dtype, len(shape), by_column) != (np.uint8, 4, False) or shape[-1] not in (1, 3):
+                    continue
+                mine = set(rank_batches(shape[0], batch_size, *rank_and_world()))
+                for first in range(0, shape[0], batch_size):
+                    count = min(batch_size, shape[0] - first)
+                    rows = bytearray(array.read(count * math.prod(shape[1:])))
+                    if first in mine:
+                        x = np.frombuffer(rows, np.uint8).reshape(count, *shape[1:])
+                        yield first, torch.from_numpy(x).permute(0, 3, 1, 2)
+                return
+        raise ValueError("no uint8 images (N, H, W, C), C 1 or 3")
+
+
 def read_npz(path, leave=()):
     """Name -> array of an .npz file, but those to leave; never a pickle."""
-    if not Path(path).is_file():
-        raise ValueError(f"no images at {path}: give folder:PATH or an .npz file")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name not in leave}
-    except Exception as error:      # damage has many names: zlib's, zipfile's, tokenize's, ...
-        raise ValueError(f"{path} is damaged, or no .npz of plain arrays, without pickles: "
-                         f"{one_line(error)}") from error
+    with as_one_error(f"cannot read {path}", READABLE), np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files if name not in leave}
 
 
 def is_statistics(path):
@@ -277,10 +297,11 @@ def read_reference(path):
 
 # ---- the scores ---------------------------------------------------------------------------------------
 
-def collect(batches, count, features, keep=False):
-    """Statistics of (first, uint8 images[, y]) batches, of all processes; count of images, if it is known."""
+def collect(what, batches, count, features, keep=False):
+    """Statistics of (first, uint8 images[, y]) batches, of all processes; count of images, if it is known.
+    what: the title of the bar."""
     result, (rank, world) = Statistics(keep), rank_and_world()
-    bar = tqdm(total=count, unit="image", disable=rank > 0)
+    bar = tqdm(total=count, unit="image", disable=rank > 0, desc=what)
     for first, images, *y in batches:
         result.add(first, features(images), *y)
         bar.update(len(images) * world)
@@ -330,13 +351,13 @@ def inception_reference(options, features, keep):
     """(Statistics of --ref, how they were made if it says)."""
     batches = stored_images(options.ref, options.batch_size)
     if not is_statistics(options.ref):
-        return collect(batches, None, features, keep), None
+        return collect("reference", batches, None, features, keep), None
     real, made = read_reference(options.ref)
     for what, mine in (("weights", features.hash), ("resize", features.resize)):
         if made.get(what, mine) != mine:
             raise ValueError(f"{options.ref} has {what} {made[what]}, not {mine}: make it anew by --stats")
     if keep:
-        real.features = collect(batches, None, features, keep).features
+        real.features = collect("reference", batches, None, features, keep).features
     return real, made
 
 
@@ -354,22 +375,23 @@ def evaluate(options):
         real, made = inception_reference(options, features, keep)
     else:
         size = model.shape[-1] if source.startswith(("shapes", "folder:")) else None
-        open_stream = partial(open_dataset, source, size, root=options.data_dir)
+        open_stream = partial(open_dataset, source, size)
         folder = options.ckpt if Path(options.ckpt).is_dir() else Path.home() / ".cache" / "nanoucgm"
         data = open_stream(1000, model.config.labels, test=True)
         labelled = kind != "EffNet" and bool(data.names)
         features = EffNet() if kind == "EffNet" else small_features(kind, open_stream, folder)
         num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
-        real, floor = (collect(stream_images(data, start, num, options.batch_size, labelled), num, features)
-                       for start in (0, num))
+        stream = partial(stream_images, data, num=num, batch_size=options.batch_size, labelled=labelled)
+        real = collect("real images", stream(0), num, features)
+        floor = collect("others, for the floor", stream(num), num, features)
     seeds = range(options.seed * num, (options.seed + 1) * num)
     if model:
-        fake = collect(drawn_images(model, seeds, options, labelled), num, features, keep)
+        fake = collect("drawn images", drawn_images(model, seeds, options, labelled), num, features, keep)
     else:
-        fake = collect(stored_images(options.images, options.batch_size), None, features, keep)
-    n = fake.moments().n
-    if kind == "inception" and n < 2048:
-        print0(f"N = {n} is below the 2,048 features: FID is far too high, compare it only at this N")
+        fake = collect("images", stored_images(options.images, options.batch_size), None, features, keep)
+    n, mean, _ = fake.moments()
+    if n < len(mean):
+        print0(f"N = {n} is below the {len(mean):,} features: the score is far too high, raise --num")
     result = {name: round(value, 5) for name, value in compare(kind, metrics, fake, real, floor).items()}
     result |= {"N": n, "ref": source, "ref_hash": file_hash(source) if Path(source).is_file() else None,
                "ref_made": made, "features": f"{kind} {features.hash}", "uint8": "clamp(127.5 x + 128)",
@@ -388,7 +410,7 @@ def write_statistics(options):
     if not options.out.endswith(".npz"):
         raise ValueError(f"out {options.out!r} must end in .npz")
     features = Inception(options.weights, options.resize).to(pick_device(options.device))
-    found = collect(stored_images(options.stats, options.batch_size), None, features)
+    found = collect("images", stored_images(options.stats, options.batch_size), None, features)
     pool, spatial = found.moments(), found.moments("spatial")
     made = json.dumps({"n": pool.n, "source": options.stats, "resize": options.resize,
                        "weights": features.hash})
@@ -403,14 +425,18 @@ def main(options):
     init_distributed()              # statistics travel on the CPU, in float64
     if options.train:
         source = options.data or "shapes"
-        data = open_dataset(source, options.image_size, 1, root=options.data_dir)
+        data = open_dataset(source, options.image_size, 1)
         train_features(data, shipped(options.features or source.partition(":")[0], data.shape))
     elif options.stats:
         write_statistics(options)
     else:
-        print0(json.dumps(evaluate(options)))
+        result = evaluate(options)
+        scores = list(result)[:list(result).index("N")]
+        print0(", ".join(f"{name} {result[name]:.4g}" for name in scores), f"of {result['N']} images",
+               f"at {result['NFE']} network calls" if "NFE" in result else "")
+        print0(json.dumps(result))
     leave_distributed()
 
 
 if __name__ == "__main__":
-    run(lambda: main(Options(**read_flags(Options, sys.argv[1:], __doc__))))
+    run(lambda: main(OPTIONS))

@@ -8,31 +8,10 @@ An encoded folder holds shards latents_rank00_shardKKK.safetensors (latents, lat
 labels: int64), latents_stats.pt (mean, std: 1 C 1 1) and manifest.json (which image is in which shard, which
 could not be read). UCGM and LightningDiT publish such files, and theirs are read as well.
 """
-import hashlib
-import json
-import os
-import re
-import sys
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import safetensors
-import safetensors.torch
-import torch
-import torch.distributed as dist
-from PIL import Image
-from tqdm import tqdm
-
-from checkpoint import as_one_error, atomic_write
-from config import RECIPES, read_flags, recipe_row, setting
-from data import FiniteDataset, noise_like_seed
-from engine import init_distributed, leave_distributed, pick_device, print0, rank_and_world, run
-from images import find_classes, read_many, read_rgb
-from published import HUB, UCGM_HOME
+from config import RECIPES, command_line, read_flags, recipe_row, setting
 
 
 class Kind(NamedTuple):
@@ -62,6 +41,41 @@ class Options:
     workers: int = setting(4, "processes that read images", least=0)
     device: str = setting("auto", "cuda, mps or cpu")
 
+
+def read_task(argv):
+    """("encode", Options) or ("fetch", RECIPE)."""
+    task, *rest = argv or ["-h"]
+    if task == "fetch" and len(rest) == 1 and not rest[0].startswith("-"):
+        return task, rest[0]
+    if task in ("encode", "-h", "--help"):
+        return "encode", Options(**read_flags(Options, rest if task == "encode" else ["-h"], __doc__))
+    raise ValueError(f"unknown task {task!r}: give encode --data folder:PATH, or fetch RECIPE")
+
+
+if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
+    TASK, GIVEN = command_line(read_task)
+
+import hashlib
+import json
+import os
+import re
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from checkpoint import as_one_error, atomic_write
+from data import FiniteDataset, noise_like_seed
+from engine import init_distributed, leave_distributed, pick_device, print0, rank_and_world, run
+from images import find_classes, read_many, read_rgb
+from published import HUB, UCGM_HOME
 
 # ---- autoencoders -------------------------------------------------------------------------------------
 
@@ -399,16 +413,6 @@ def fetch(recipe):
           f"Next: torchrun train.py --recipe {recipe} --data latents:DIR")
 
 
-def main(task="-h", *rest):
-    if task == "fetch" and len(rest) == 1 and not rest[0].startswith("-"):
-        fetch(rest[0])
-    elif task == "encode":
-        encode(Options(**read_flags(Options, rest, __doc__)))
-    elif task in ("-h", "--help"):
-        read_flags(Options, ["-h"], __doc__)
-    else:
-        raise ValueError(f"unknown task {task!r}: give encode --data folder:PATH, or fetch RECIPE")
-
-
 if __name__ == "__main__":
-    run(lambda: main(*sys.argv[1:]))
+    run(lambda: {"encode": encode, "fetch": fetch}[TASK](GIVEN))
+

@@ -124,7 +124,8 @@ def resolve(transport):
     if isinstance(transport, Transport):
         return transport
     if transport not in TRANSPORTS:
-        raise ValueError(f"unknown transport {transport!r}; one of: {', '.join(TRANSPORTS)}")
+        raise ValueError(f"unknown transport {transport!r}; one of: {', '.join(TRANSPORTS)} "
+                         "(linear is flow matching, trigflow the cosine path)")
     return TRANSPORTS[transport]
 
 

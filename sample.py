@@ -9,31 +9,9 @@
 Settings that are not given are the model's own. Image k is drawn from seed k alone. An interrupted run goes
 on by the same command. The two dashes keep torchrun from taking --num for a flag of its own.
 """
-import hashlib
-import json
-import os
-import shutil
-import sys
-import time
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from checkpoint import atomic_write, load_model, push
-from config import Config, SamplerFlags, read_flags, setting, text_of
-from data import class_number, image_grid, noise_like_seed, to_uint8
-from engine import (autocast, from_rank0, init_distributed, leave_distributed, pick_device, pick_dtype,
-                    print0, rank_and_world, rank_batches, run)
-from latents import Autoencoder
-from sampler import count_nfe, sample, time_grid
-
-# The largest side of each format in pixels; an npz has none.
-LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000, ".npz": float("inf")}
+from config import Config, SamplerFlags, command_line, read_flags, setting, text_of
 
 
 @dataclass
@@ -44,12 +22,39 @@ class Options(SamplerFlags):
     out: str = setting("samples.png", "a page to look at (png, jpg, webp), or all as uint8 with labels (npz)")
     classes: str = setting("", "names or numbers, with commas, taken in turn; empty: all of them")
     seeds: str = setting("", "such as 0-63 or 3,5,8; empty: 0 to num - 1")
-    num: int = setting(64, "how many images", least=1)
+    num: int | None = setting(None, "how many images [64; of a trajectory 12, a screen]", least=1)
     trajectory: bool = setting(False, "a row an image, a column a step: the data as the model sees them then")
     push: str = setting("", "also put the model, with this page and command, on the hub as USER/REPO")
     batch_size: int = setting(256, "images at a time", least=1)
     device: str = setting("auto", "cuda, mps or cpu")
     dtype: str = setting("auto", "bfloat16 or float32")
+
+
+if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
+    OPTIONS = command_line(lambda argv: Options(**read_flags(Options, argv, __doc__)))
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import atomic_write, load_model, push
+from data import class_number, image_grid, noise_like_seed, to_uint8
+from engine import (autocast, from_rank0, init_distributed, leave_distributed, pick_device, pick_dtype,
+                    print0, rank_and_world, rank_batches, run)
+from latents import Autoencoder
+from sampler import count_nfe, sample, time_grid
+
+# The largest side of each format in pixels; an npz has none.
+LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000, ".npz": float("inf")}
 
 
 # ---- a model that draws -------------------------------------------------------------------------------
@@ -123,18 +128,19 @@ def check_out(out, height):
         raise ValueError(f"a page of {height} pixels is too high for {out}: use --out samples.npz")
 
 
-def draw_page(model, seeds, options, classes, columns):
-    images, seen = [], []
-    on_step = (lambda i, t, x_hat: seen.append(x_hat)) if options.trajectory else None
+def draw_page(model, seeds, options, classes, columns, titles):
+    images, seen = [], {}               # seen: the title of a step -> what the model sees then
+    see = lambda i, t, x_hat: seen.update({f"{i + 1}: t {t:.2f}": x_hat})
+    on_step = see if options.trajectory else None
     batches = generate(model, seeds, options.batch_size, classes=classes, on_step=on_step, **options.given())
     total = -(-len(seeds) // options.batch_size)
     for _, x, _ in tqdm(batches, total=total, unit="batch", disable=total == 1):
         if options.trajectory:
-            columns = len(seen)
-            x = model.to_images(torch.stack(seen, 1).flatten(0, 1))             # (B * columns, C, S, S)
+            columns, titles = len(seen), list(seen)
+            x = model.to_images(torch.stack(list(seen.values()), 1).flatten(0, 1))  # (B * columns, C, S, S)
             seen.clear()
         images.append(x)
-    image_grid(torch.cat(images), columns).save(options.out)
+    image_grid(torch.cat(images), columns, titles=titles).save(options.out)
 
 
 def save_arrays(path, **arrays):
@@ -202,21 +208,21 @@ def main(options):
         raise ValueError("several processes draw arrays, not a page: use --out samples.npz")
     init_distributed()
     path = options.ckpt or newest_model(options.recipe)
-    seeds = read_seeds(options.seeds or f"0-{options.num - 1}")
+    seeds = read_seeds(options.seeds or f"0-{(options.num or (12 if options.trajectory else 64)) - 1}")
     model = open_model(path, pick_device(options.device), options.dtype, options.recipe, options.vae)
     if options.classes and not model.names:
         raise ValueError(f"{path} was trained without classes: leave --classes out")
     classes = [class_number(word, model.names) for word in options.classes.split(",") if word]
     nfe, steps = model.nfe(**options.given()), model.config.sampler(**options.given())["steps"]
-    shown = len(classes or model.names)
-    columns = shown if 4 <= shown <= 12 else 8
+    titles = [model.names[k] for k in classes] or model.names           # a column a class, if that is a page
+    columns, titles = (len(titles), titles) if 4 <= len(titles) <= 12 else (8, [])
     rows = len(seeds) if options.trajectory else -(-len(seeds) // columns)
-    check_out(options.out, rows * (max(64, model.net.input_size) + 4))
+    check_out(options.out, 18 + rows * (max(64, model.net.input_size) + 4))
     start = time.perf_counter()
     if suffix == ".npz":
         draw_npz(model, seeds, options, classes)
     else:
-        draw_page(model, seeds, options, classes, columns)
+        draw_page(model, seeds, options, classes, columns, titles)
     seconds = time.perf_counter() - start
     print0(f"{options.out}: {len(seeds)} images from {path}, {steps} steps, NFE {nfe} each, "
            f"{len(seeds) / seconds:.1f} images/s")
@@ -228,4 +234,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    run(lambda: main(Options(**read_flags(Options, sys.argv[1:], __doc__))))
+    run(lambda: main(OPTIONS))

@@ -9,6 +9,11 @@ A run writes images, log.jsonl, model.safetensors and checkpoints into runs/RECI
 same command again: it goes on as if nothing had happened, on any number of processes. SIGTERM and Ctrl-C end
 the step, save and exit; SIGUSR1 saves and goes on. A larger --steps extends the run (its rate rises again).
 """
+from config import RECIPES, Config, command_line, differences, read_config, text_of
+
+if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
+    CONFIG = command_line(read_config, __doc__)
+
 import copy
 import math
 import os
@@ -25,7 +30,6 @@ from tqdm import tqdm
 
 from checkpoint import (atomic_write, build, ignore_disk_errors, load_model, newest_state, read_state,
                         restore_state, save_state, set_aside, state_tensors)
-from config import RECIPES, Config, differences, read_config, text_of
 from data import key, open_dataset, select_labels
 from engine import (Signals, Skipped, autocast, can_compile, clip_gradient, from_rank0, gradient_sync,
                     init_distributed, leave_distributed, not_finite_to_nan, optimizer_step, pick_device,
@@ -170,7 +174,7 @@ def open_data(config):
                          "give --data latents:DIR (python latents.py encode makes one)")
     else:
         size = config.image_size or None
-        data = open_dataset(config.data, size, config.seed, config.labels, config.data_dir, config.out)
+        data = open_dataset(config.data, size, config.seed, config.labels, config.out)
     config.fingerprint = getattr(data, "fingerprint", "")
     return data
 
@@ -262,7 +266,7 @@ def next_commands(config):
     if config.lam > 0 or row is None:
         return line
     few = Config(**row, recipe=config.recipe + "-few")
-    names = ("data", "data_dir", "labels", "image_size", "model", "transport")
+    names = ("data", "labels", "image_size", "model", "transport")
     start = {"init_from": config.out, **{name: getattr(config, name) for name in names}}
     flags = [f"--{name} {shlex.quote(text_of(value))}" for name, value in start.items()
              if value != getattr(few, name)]
@@ -291,6 +295,8 @@ def last_words(config, stop, step, first, saved):
 def main(config):                                                                       # noqa: C901
     rank, world = rank_and_world()
     device, out = pick_device(config.device), Path(config.out)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     objective, accumulate = config.objective(), split_batch(config, world)
     control = init_distributed(device)
 
@@ -332,7 +338,8 @@ def main(config):                                                               
 
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     print0(f"{config.model}, {millions:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; "
-           f"{device}, {config.dtype}{', compiled in the first step: a minute' * compiled}")
+           f"{device}{f' with {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}, "
+           f"{config.dtype}{', compiled in the first step: a minute' * compiled}")
     print0(f"batch {config.batch_size} = {world} process{'es' * (world > 1)} x {accumulate} accumulation "
            f"step{'s' * (accumulate > 1)} x {config.batch_size // world // accumulate} images")
     if state:
@@ -399,4 +406,4 @@ def main(config):                                                               
 
 
 if __name__ == "__main__":
-    run(lambda: main(read_config(sys.argv[1:], __doc__)))
+    run(lambda: main(CONFIG))

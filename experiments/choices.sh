@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 long=$(realpath "$1") shapes=$(realpath "$2") digits=$(realpath "$3")
 root=$PWD out=$PWD/runs/choices.jsonl
-mnist=${MNIST:-mnist}
+mnist=${MNIST:-mnist:$PWD/data}
 try() {   # NAME FOLDER RECIPE N FLAGS: tune with the scripts of a folder, score two steps and one
   (cd "$2" && python train.py --recipe "$3" --out "$root/runs/choice-$1" "${@:5}")
   for steps in 1 2; do
@@ -37,7 +37,7 @@ precise scratch --init_from= --zeta 0 --style none --steps 4000
 # on MNIST 360 and 300
 shapes() { try "shapes-$1" "$2" shapes-few 4000 --init_from "$shapes" "${@:3}"; }
 digits() {
-  try "mnist-$1" "$2" mnist-few 5000 --init_from "$digits" --data "$mnist" --data_dir "$root/data" "${@:3}"
+  try "mnist-$1" "$2" mnist-few 5000 --init_from "$digits" --data "$mnist" "${@:3}"
 }
 shapes recipe .
 shapes recipe-again . --seed 1

@@ -38,7 +38,6 @@ class Options:
     ckpt: str = setting("", "a many-step model")
     out: str = setting("peers.jsonl", "lines are added to this file")
     data: str = setting("", "real images; empty: what the model was trained on")
-    data_dir: str = setting("data", "where mnist is kept")
     num: int = setting(4000, "images for each score")
     seed: int = setting(0, "of the images and of MeanFlow's training")
     batch_size: int = setting(500, "images at a time")
@@ -135,7 +134,7 @@ def tune_meanflow(model, options):
     """(averaged MeanFlow, steps) after options.seconds of tuning from the model, which also teaches it."""
     torch.manual_seed(options.seed)
     source = options.data or model.config.data
-    data = open_dataset(source, model.shape[-1], options.seed, root=options.data_dir)
+    data = open_dataset(source, model.shape[-1], options.seed)
     flow = MeanFlow(model.net)
     ema = copy.deepcopy(flow).requires_grad_(False)
     weights = [p for p in flow.parameters() if p.requires_grad]
@@ -185,7 +184,7 @@ class Judge:
         source = options.data or model.config.data
         self.kind = "shapes" if source == "shapes" else "mnist"
         size = model.shape[-1] if self.kind == "shapes" else None
-        data = open_dataset(source, size, 1000, root=options.data_dir)
+        data = open_dataset(source, size, 1000)
         self.num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
         self.features = SmallFeatures(self.kind, data.shape)
         self.real, self.floor = (self.statistics(stream_images(data, start, self.num, options.batch_size))

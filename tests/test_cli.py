@@ -1,7 +1,10 @@
 """The commands as a user types them: short runs, the images they leave, one line for every mistake."""
 import dataclasses
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +62,10 @@ def test_the_whole_job_many_step_then_few_step_then_two_step_images(trained, cap
     assert status == 0, err
     status, out, _ = run("sample.py", "--steps", 2, "--num", 10, capsys=capsys)
     assert status == 0 and "runs/shapes-few" in out and "NFE 2 " in out and "images/s" in out
-    assert Image.open("samples.png").size == (8 * 68 - 4, 2 * 68 - 4)
+    assert Image.open("samples.png").size == (8 * 68 - 4, 18 + 2 * 68 - 4)   # 18: names
     status, out, _ = run("sample.py", "--ckpt", trained[0], "--steps", 6, "--cfg_scale", 2, "--trajectory",
                          "--num", 3, "--out", "strip.png", capsys=capsys)
-    assert status == 0 and "NFE 12 " in out and Image.open("strip.png").size == (6 * 68 - 4, 3 * 68 - 4)
+    assert status == 0 and "NFE 12 " in out and Image.open("strip.png").size == (6 * 68 - 4, 18 + 3 * 68 - 4)
     status, out, _ = run("sample.py", "--steps", 6, "--order", 2, "--kappa", 0, "--rho", 0, capsys=capsys)
     assert status == 0 and "NFE 5 " in out
 
@@ -155,6 +158,13 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("train.py", "--optimizer sgd", "radam"),
     ("train.py", "--optimizer muon --fsdp", "fsdp"),
     ("train.py", "--device gpu", "cpu"),
+    ("train.py", "--transport cosine --no-x_pred", "trigflow the cosine path"),
+    ("train.py", "--model tit-xs/8", "nearest: TiT-XS/8,"),
+    ("train.py", "shapes-few", "such as --recipe shapes-few"),
+    ("train.py", "--fresh yes", "--no-FLAG"),
+    ("train.py", "--recipe Shapes", "nearest: shapes,"),
+    ("train.py", "--data images", "give folder:images"),
+    ("train.py", "--data scores.npz", "give npz:scores.npz"),
     ("train.py", "--fsdp", "torchrun"),
     ("train.py", "--recipe in256-sd", "latents:DIR"),
     ("train.py", "--gap 0.5", "gap"),
@@ -188,6 +198,7 @@ def test_a_mistake_ends_with_one_line_and_status_2(home, capsys, script, words, 
     (home / "images/a").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(home / "images/a/1.png")
     (home / "empty").mkdir()
+    (home / "scores.npz").touch()
     before = sorted(home.rglob("*"))
     status, _, err = run(script, *words.split(), capsys=capsys)
     assert status == 2 and err.startswith("error: ") and err.strip().count("\n") == 0
@@ -242,4 +253,45 @@ def test_help_explains_every_flag(capsys, script):
     for f in dataclasses.fields(runpy.run_path(str(ROOT / script)).get("Options", Config)):
         assert not f.metadata or f"--{f.name}" in out and f.metadata["help"].split()[0] in out
     if script == "train.py":
-        assert "lambda" in out and "extrapolation" in out and all(name in out for name in RECIPES)
+        assert "lambda" in out and "extrapolation" in out
+        assert all(name in out and row["about"] in out for name, row in RECIPES.items())
+
+
+def test_help_has_the_values_of_the_recipe(capsys):
+    for recipe in ("shapes-few", "mnist"):
+        _, out, _ = run("train.py", "--recipe", recipe, "-h", capsys=capsys)
+        out, config = " ".join(out.split()), Config(**RECIPES[recipe])
+        assert f"after warm-up [{config.lr:g}]" in out
+        assert f"of training [{config.steps}]" in out and f"latents:DIR [{config.data}]" in out
+
+
+@pytest.mark.parametrize("script, words, status, said", [
+    ("train.py", "-h", 0, "recipes:"), ("train.py", "--recipe shapes-few -h", 0, "recipes:"),
+    ("sample.py", "-h", 0, "--classes"), ("fid.py", "-h", 0, "FD-EffNet"), ("latents.py", "", 0, "fetch"),
+    ("train.py", "--sed 3", 2, "--seed"), ("sample.py", "--step 2", 2, "--steps"),
+    ("fid.py", "--num 0", 2, "num"), ("latents.py", "decode", 2, "encode")])
+def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script, words, status, said):
+    """A torch that cannot be imported comes first on the path."""
+    (tmp_path / "torch.py").write_text("raise SystemExit(99)")
+    done = subprocess.run([sys.executable, str(ROOT / script), *words.split()], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == status and said in done.stdout + done.stderr
+
+
+def test_threads_are_set_before_torch_is_loaded():
+    """OpenMP reads its settings when it is loaded; what the user has set stays. --threads wins over all."""
+    code = "import os, sys, config; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    for given, expected in (({}, "False 3000"), ({"GOMP_SPINCOUNT": "7"}, "False 7")):
+        done = subprocess.run([sys.executable, "-c", code], env={**env, **given}, cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.stdout.strip() == expected
+
+
+def test_the_number_of_threads(home, capsys):
+    before = torch.get_num_threads()
+    try:
+        _, out, _ = run("train.py", *SMALL, "--threads", 3, capsys=capsys)
+        assert torch.get_num_threads() == 3 and "cpu with 3 threads" in out
+    finally:
+        torch.set_num_threads(before)

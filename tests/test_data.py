@@ -172,7 +172,7 @@ def stand_in_mnist(root):
 
 def test_mnist_in_its_own_format(tmp_path):
     stand_in_mnist(tmp_path)
-    data = open_dataset("mnist", root=str(tmp_path))
+    data = open_dataset(f"mnist:{tmp_path}")
     x, y = data[np.arange(40)]
     assert data.shape == (1, 28, 28) and len(data) == 40 and len(data.names) == 10
     assert torch.bincount(y).tolist() == [4] * 10
@@ -198,7 +198,7 @@ def test_cifar10_in_its_own_format(tmp_path, monkeypatch):
     monkeypatch.setattr(sets.CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
     meta = {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]}
     monkeypatch.setattr(sets.CIFAR10, "meta", meta)
-    data = open_dataset("cifar10", root=str(tmp_path))
+    data = open_dataset(f"cifar10:{tmp_path}")
     _, y = data[np.arange(100)]
     assert data.shape == (3, 32, 32) and len(data) == 100 and data.names == names
     assert torch.bincount(y).tolist() == [10] * 10
@@ -227,7 +227,7 @@ def test_bad_sources_are_one_line(tmp_path, monkeypatch, name, words):
         raise OSError("no route to host")
     monkeypatch.setattr(sets.MNIST, "download", refuse)
     with pytest.raises(ValueError, match=words) as error:
-        open_dataset(name, root=str(tmp_path))
+        open_dataset(name)
     assert "\n" not in str(error.value)
 
 

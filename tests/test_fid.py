@@ -191,7 +191,7 @@ def test_statistics_are_a_reference(tmp_path, stand_in, capsys):
     assert_close(edm, ours[:1], rtol=1e-4, atol=1e-4)
     assert "sFID" not in result
     said = capsys.readouterr().out
-    assert all(words in said for words in ("ADM kind", "pytorch-fid kind", "this program", "below the 2,048"))
+    assert all(words in said for words in ("ADM kind", "pytorch-fid kind", "this program"))
 
 
 def test_grey_and_mixed_sizes_are_converted(tmp_path):
@@ -229,7 +229,9 @@ def test_moments_by_class_are_of_the_small_features(tmp_path, stand_in, monkeypa
 def test_the_line_says_what_decides_the_number(tmp_path, stand_in, capsys):
     folder = write_folder(tmp_path / "real", images_of(32, 2, 10))
     fid.main(Options(ckpt=SHIPPED, ref=folder, num=6, seed=2, steps=2, metrics="fid"))
-    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    *_, people, line = capsys.readouterr().out.strip().splitlines()
+    line = json.loads(line)
+    assert people == f"FID {line['FID']:.4g} of 6 images at 2 network calls"
     assert line["NFE"] == line["sampler"]["steps"] == 2 and line["seeds"] == [12, 17] and line["N"] == 6
     assert StandIn.hash in line["features"] and line["ref"] == folder and line["ckpt"] == SHIPPED
     assert {"FID", "ref_hash", "resize", "uint8", "versions", "dtype", "device"} <= line.keys()
@@ -240,6 +242,27 @@ def test_the_shipped_two_step_model():
     result = evaluate(Options(ckpt=SHIPPED, num=2000, steps=2))
     assert result["NFE"] == 2 and result["real_accuracy"] >= 0.99 and result["floor"] < result["FD-shapes"]
     assert result["accuracy"] >= 0.97 and result["variety"] >= 0.8, result
+
+
+def test_few_images_are_said(capsys):
+    evaluate(Options(ckpt=SHIPPED, num=10, steps=1))
+    assert "N = 10 is below the 64 features" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_npz_is_read_as_it_goes(tmp_path, monkeypatch, rank):
+    """Each process yields its own batches of the first array of images, and nobody loads an array whole."""
+    x = np.random.default_rng(0).integers(0, 256, (23, 8, 6, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", labels=np.arange(23), arr_0=x)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=x)
+    monkeypatch.setattr(np, "load", None)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("x.npz", "packed.npz"):
+        read = list(fid.stored_images(str(tmp_path / name), 5))
+        assert [first for first, _ in read] == [[0, 10, 20], [5, 15]][rank]
+        for first, batch in read:
+            assert_close(batch, torch.from_numpy(x[first:first + 5]).permute(0, 3, 1, 2), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("more, words", [
