@@ -46,7 +46,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import atomic_write, load_model, push
+from checkpoint import as_one_error, atomic_write, load_model, push
 from data import class_number, image_grid, noise_like_seed, to_uint8
 from engine import (autocast, from_rank0, init_distributed, leave_distributed, pick_device, pick_dtype,
                     print0, rank_and_world, rank_batches, run)
@@ -121,9 +121,10 @@ def generate(model, seeds, batch_size, rank=0, world=1, classes=None, on_step=No
 def check_out(out, height):
     """ValueError if `out` cannot be written, or a page of this height in pixels is too large for it."""
     folder = Path(out).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write into {folder.resolve()}: give another --out")
+    with as_one_error(f"cannot write into {folder.resolve()}", "give another --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission")
     if height > LARGEST[Path(out).suffix.lower()]:
         raise ValueError(f"a page of {height} pixels is too high for {out}: use --out samples.npz")
 

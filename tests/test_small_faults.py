@@ -1,20 +1,24 @@
 """Small values, foreign files, other people's references: the right answer, or one line to act on."""
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_fid import Statistics, statistics
-from toys import GOLDEN, images_of, run, write_folder
+from toys import GOLDEN, ROOT, images_of, run, write_folder
 
 import fid
 import model
+import sample
 from checkpoint import build, load_model
 from config import Config, read_config
 from objective import Objective
 from published import clean
+from sample import open_model
 from sampler import time_grid
 
 
@@ -176,3 +180,40 @@ def test_a_colon_in_a_path_is_kept(tmp_path):
     assert next(fid.stored_images(f"folder:{folder / 'a:b'}", 9))[1].shape == (4, 3, 8, 8)
 
 
+
+
+# ---- before anything is drawn, and on other systems ---------------------------------------------------
+
+@pytest.mark.parametrize("flags, named", [
+    ("--out file/x.png", "file"), ("--out x.webp --num 2400", "samples.npz"), ("--out x.txt", "must end")])
+def test_what_cannot_be_written_is_said_before_drawing(home, capsys, monkeypatch, flags, named):
+    """Root may write anywhere, so the folder in the way is a file."""
+    (home / "file").touch()
+    monkeypatch.setattr("sampler.sample", None)
+    status, _, err = run("sample.py", *flags.split(), capsys=capsys)
+    assert status == 2 and named in err and err.count("\n") == 1
+
+
+def test_a_system_without_unix_signals_and_resource(home):
+    """Windows has neither: everything is imported, and the memory is not known. macOS counts bytes."""
+    code = """if True:
+        import signal, sys, types
+        sys.modules["resource"] = None
+        del signal.SIGUSR1
+        import torch, train, sample, fid, latents, log
+        assert log.peak_memory(torch.device("cpu")) == 0 and train.Signals(None)
+        usage = types.SimpleNamespace(ru_maxrss=3 * 2**30)
+        sys.modules["resource"] = types.SimpleNamespace(getrusage=lambda who: usage, RUSAGE_SELF=0)
+        sys.platform = "darwin"
+        assert log.peak_memory(torch.device("cpu")) == 3"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_processes_agree_on_the_precision(monkeypatch):
+    """The try of process 0 decides; another process does not even make one."""
+    asked = []
+    monkeypatch.setattr(sample, "pick_dtype", lambda *given: asked.append(given) or torch.bfloat16)
+    monkeypatch.setattr(sample, "from_rank0", lambda make, group: torch.float32)
+    model = open_model(ROOT / "assets/shapes-few.safetensors", torch.device("cpu"))
+    assert model.dtype == torch.float32 and not asked
