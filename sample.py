@@ -3,6 +3,7 @@
     python sample.py --steps 2                              # the newest run, or the model that ships
     python sample.py --ckpt runs/shapes --steps 20 --classes star,heart
     python sample.py --steps 4 --trajectory                 # what the model sees after each step
+    python sample.py --ckpt runs/shapes --out film.gif      # the same as a film
     python sample.py --recipe repae --ckpt hf://USER/REPO/FILE.pt       # somebody else's model
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --out samples.npz      # many, for fid.py
 
@@ -19,10 +20,11 @@ class Options(SamplerFlags):
     ckpt: str = setting("", "a run, a file or hf://USER/REPO[/FILE]; empty: the newest in runs/", "what")
     recipe: str = setting("", "take network, transport and sampler settings from this recipe")
     vae: str = setting("", "for latents: an autoencoder as for latents.py; empty: the model's own")
-    out: str = setting("samples.png", "a page to look at (png, jpg, webp), or all as uint8 with labels (npz)")
+    out: str = setting("samples.png", "a page (png jpg webp), a film of the steps (gif), or all as uint8 (npz)")
     classes: str = setting("", "names or numbers, with commas, taken in turn; empty: all of them")
     seeds: str = setting("", "such as 0-63 or 3,5,8; empty: 0 to num - 1")
-    num: int | None = setting(None, "how many images [64; of a trajectory 12, a screen]", least=1)
+    num: int | None = setting(None, "how many images [64; of a trajectory 12, of a film 20]", least=1)
+    beside: str = setting("", "another model, to the right in the film")
     trajectory: bool = setting(False, "a row an image, a column a step: the data as the model sees them then")
     push: str = setting("", "also put the model, with this page and command, on the hub as USER/REPO")
     batch_size: int = setting(256, "images at a time", least=1)
@@ -44,6 +46,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import as_one_error, atomic_write, load_model, push
@@ -54,7 +57,7 @@ from latents import Autoencoder
 from sampler import count_nfe, sample, time_grid
 
 # The largest side of each format in pixels; an npz has none.
-LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000, ".npz": float("inf")}
+LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000, ".gif": 4_000, ".npz": float("inf")}
 
 
 # ---- a model that draws -------------------------------------------------------------------------------
@@ -144,6 +147,25 @@ def draw_page(model, seeds, options, classes, columns, titles):
     image_grid(torch.cat(images), columns, titles=titles).save(options.out)
 
 
+def draw_film(models, seeds, options, classes, columns):
+    """The noise, then what each model sees after each of its calls, side by side."""
+    films = []
+    for model in models:
+        frames = [noise_like_seed(seeds, model.shape).to(model.device)]
+        see = lambda i, t, x_hat, frames=frames: frames.append(x_hat)
+        next(generate(model, seeds, len(seeds), classes=classes, on_step=see, **options.given()))
+        titles = [f"{k} of {len(frames) - 1}" for k in range(len(frames))]
+        films.append([image_grid(model.to_images(x), columns, titles=["call", title])
+                      for x, title in zip(frames, titles)])
+    width, height = films[0][0].size
+    pages = [Image.new("RGB", ((width + 24) * len(films) - 24, height), "white") for _ in max(films, key=len)]
+    for k, film in enumerate(films):
+        for i, page in enumerate(pages):
+            page.paste(film[min(i, len(film) - 1)], (k * (width + 24), 0))
+    pages[0].save(options.out, save_all=True, append_images=pages[1:], loop=0,
+                  duration=[800, *[100] * (len(pages) - 2), 3000])
+
+
 def save_arrays(path, **arrays):
     """An npz file that is whole or not there."""
     def write(temporary):
@@ -203,14 +225,19 @@ def main(options):
     (rank, world), suffix = rank_and_world(), Path(options.out).suffix.lower()
     if suffix not in LARGEST:
         raise ValueError(f"out {options.out!r} must end in one of {', '.join(LARGEST)}")
-    if options.trajectory and suffix == ".npz":
+    if options.trajectory and suffix in (".gif", ".npz"):
         raise ValueError("a trajectory is a page: use --out samples.png")
+    if options.beside and suffix != ".gif":
+        raise ValueError("two models are beside each other in a film: use --out film.gif")
     if world > 1 and suffix != ".npz":
         raise ValueError("several processes draw arrays, not a page: use --out samples.npz")
     init_distributed()
     path = options.ckpt or newest_model(options.recipe)
-    seeds = read_seeds(options.seeds or f"0-{(options.num or (12 if options.trajectory else 64)) - 1}")
-    model = open_model(path, pick_device(options.device), options.dtype, options.recipe, options.vae)
+    num = options.num or (12 if options.trajectory else 20 if suffix == ".gif" else 64)
+    seeds = read_seeds(options.seeds or f"0-{num - 1}")
+    open_path = lambda path: open_model(path, pick_device(options.device), options.dtype, options.recipe,
+                                        options.vae)
+    model = open_path(path)
     if options.classes and not model.names:
         raise ValueError(f"{path} was trained without classes: leave --classes out")
     classes = [class_number(word, model.names) for word in options.classes.split(",") if word]
@@ -222,6 +249,9 @@ def main(options):
     start = time.perf_counter()
     if suffix == ".npz":
         draw_npz(model, seeds, options, classes)
+    elif suffix == ".gif":
+        draw_film([model, open_path(options.beside)] if options.beside else [model], seeds, options, classes,
+                  min(columns, 5))
     else:
         draw_page(model, seeds, options, classes, columns, titles)
     seconds = time.perf_counter() - start

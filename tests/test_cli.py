@@ -70,6 +70,25 @@ def test_the_whole_job_many_step_then_few_step_then_two_step_images(trained, cap
     assert status == 0 and "NFE 5 " in out
 
 
+def test_a_film_has_the_noise_and_every_call(capsys):
+    """Two models side by side: the shorter film waits at its end."""
+    shipped = ROOT / "assets/shapes-few.safetensors"
+    status, _, err = run("sample.py", "--ckpt", shipped, "--steps", 3, "--num", 10, "--out", "film.gif",
+                         "--beside", shipped, capsys=capsys)
+    assert status == 0, err
+    film = Image.open("film.gif")
+    assert film.n_frames == 4 and film.size == (2 * (5 * 68 - 4) + 24, 18 + 2 * 68 - 4)
+    frames = []
+    for k in range(4):
+        film.seek(k)
+        frames.append(np.asarray(film.convert("RGB")))
+        assert np.array_equal(frames[k][:, :336], frames[k][:, 360:])
+    status, _, _ = run("sample.py", "--ckpt", shipped, "--steps", 3, "--num", 10, capsys=capsys)
+    page = np.asarray(Image.open("samples.png").convert("RGB"))[18:82, :64]     # the first image
+    distance = [np.abs(frame[18:82, :64].astype(int) - page).mean() for frame in frames]
+    assert distance[3] < 8 < distance[0], distance          # a GIF has 256 colours
+
+
 PLAIN = "--model TiT-nano/4 --no-x_pred --zeta 0 --style none --sample_steps 2".split()
 
 
@@ -180,6 +199,7 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("sample.py", "--num 0", "num"),
     ("sample.py", "--out image.txt", "image.txt"),
     ("sample.py", "--out s.npz --trajectory", "trajectory"),
+    ("sample.py", "--beside nowhere", "film.gif"),
     ("sample.py", "--batch_size 0", "batch_size"),
     ("sample.py", "--cfg_interval 0.5", "cfg_interval"),
     ("sample.py", "--extrapolation 1", "--extrapolation"),
