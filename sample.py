@@ -20,7 +20,7 @@ class Options(SamplerFlags):
     ckpt: str = setting("", "a run, a file or hf://USER/REPO[/FILE]; empty: the newest in runs/", "what")
     recipe: str = setting("", "take network, transport and sampler settings from this recipe")
     vae: str = setting("", "for latents: an autoencoder as for latents.py; empty: the model's own")
-    out: str = setting("samples.png", "a page (png jpg webp), a film of the steps (gif), or all as uint8 (npz)")
+    out: str = setting("samples.png", "a page (png jpg webp), film of the steps (gif), or uint8 arrays (npz)")
     classes: str = setting("", "names or numbers, with commas, taken in turn; empty: all of them")
     seeds: str = setting("", "such as 0-63 or 3,5,8; empty: 0 to num - 1")
     num: int | None = setting(None, "how many images [64; of a trajectory 12, of a film 20]", least=1)
