@@ -421,32 +421,6 @@ def test_the_names_of_latent_diffusion(ends):
         assert all(torch.equal(peer[name].squeeze(), v.squeeze()) for name, v in ours.state_dict().items())
 
 
-# ---- the sampler on somebody's network ----------------------------------------------------------------
-
-def test_a_diffusers_dit_with_kappa_0_is_ddim():
-    """The wrapper of experiments/accelerate.py, random weights, against diffusers' own DDIM loop."""
-    diffusers = pytest.importorskip("diffusers")
-    from experiments.accelerate import dit
-    from sampler import sample
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
-        sample_size=8, num_embeds_ada_norm=10).eval()
-    with torch.no_grad():
-        for p in transformer.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading",
-                                        beta_schedule="linear")
-    scheduler.set_timesteps(20)
-    z, y = torch.randn(3, 4, 8, 8), torch.tensor([1, 5, 9])
-    x = z.clone()
-    with torch.no_grad():
-        for k in scheduler.timesteps:
-            epsilon = transformer(x, timestep=k.expand(3), class_labels=y).sample[:, :4]
-            x = scheduler.step(epsilon, k, x).prev_sample
-    ours = sample(dit(transformer), z, y, "ddpm", steps=20, gap=(1 / 20 - 0.001, 0.001))
-    assert (ours - x).abs().max() <= 1e-4 * x.abs().max()
-
-
 # ---- the hub ------------------------------------------------------------------------------------------
 
 FETCH = """

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from standins import pipeline
+from test_documents import blocks
 from test_sampler import mixture_net
 from torch.testing import assert_close
-from toys import Net, batch
+from toys import ROOT, Net, batch, run
 
-from objective import TRANSPORTS, identity
+from experiments.accelerate import as_epsilon, dit
+from objective import TRANSPORTS, identity, predict
 from sampler import sample, time_grid
 
 diffusers = pytest.importorskip("diffusers")
@@ -144,8 +146,8 @@ def network_of(name, pipe, call):
     words = table("prompt_embeds") if name != "dit" else None
     pooled = table("pooled_prompt_embeds") if name in ("sd3", "flux") else None
     if name == "dit":
-        labels = torch.tensor([1, 2, 1000])
-        return lambda x, t, y: pipe.transformer(x, t, labels[y]).sample[:, :4]
+        net, labels = dit(pipe.transformer), torch.tensor([1, 2, 1000])
+        return lambda x, t, y: net(x, t, labels[y])
     if name == "sd":
         return lambda x, t, y: pipe.unet(x, t, words[y]).sample
     if name == "sd3":
@@ -281,6 +283,37 @@ def test_auto_is_second_order_and_none_is_first(kind):
         assert 3.2 < coarse / fine < 5
     for coarse, fine in zip(errors[0.0], errors[0.0][1:]):
         assert 1.7 < coarse / fine < 2.4
+
+
+# ---- documents ----------------------------------------------------------------------------------------
+
+def test_the_pipeline_in_the_readme(monkeypatch):
+    """Its four lines, with random weights: 20 steps with guidance, as `kappa` auto takes them."""
+    lines = blocks((ROOT / "README.md").read_text(), "python", "<!-- a pipeline -->")[0]
+    pipe, names = pipeline("dit")[0], {}
+    seen, call = [], pipe.transformer.forward
+    monkeypatch.setattr(pipe.transformer, "forward", lambda *x, **how: seen.append(0) or call(*x, **how))
+    monkeypatch.setattr(diffusers.DiTPipeline, "from_pretrained", lambda name: pipe)
+    exec(lines, names)
+    assert len(lines.splitlines()) == 4 and len(names["images"]) == 2 and len(seen) == 20
+    assert isinstance(pipe.scheduler, UCGMScheduler) and pipe.scheduler.config.kappa == "auto"
+
+
+def test_experiments_accelerate_draws_both_ways(tmp_path, capsys):
+    pipeline("dit")[0].save_pretrained(tmp_path / "dit")
+    page = tmp_path / "page.png"
+    flags = ["--model", tmp_path / "dit", "--steps", 3, "--out", page, "--device", "cpu"]
+    status, _, err = run("experiments/accelerate.py", *flags, capsys=capsys)
+    assert status == 0 and page.is_file(), err
+
+
+def test_a_velocity_as_epsilon_sees_the_same_data_and_noise():
+    """The two paths of the table of experiments/accelerate.py: x_t of one is that of the other, scaled."""
+    (_, x, t, y, _), net = batch(), Net()
+    alpha, gamma, _, _ = TRANSPORTS["ddpm"].at(t, x)
+    on_ddpm = predict(as_epsilon(net), "ddpm", x, t, y)[1:]
+    on_linear = predict(net, "linear", x / (alpha + gamma), (alpha / (alpha + gamma)).flatten(), y)[1:]
+    assert_close(on_ddpm, on_linear)
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------
