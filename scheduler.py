@@ -92,7 +92,7 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
         ValueError: a config that says neither betas nor flow, or a clock of its own."""
         config, name = dict(config), config.get("_class_name", "another scheduler")
         config.pop("_use_default_values", None)     # the base class would drop what the other left at default
-        nameless = "invert_sigmas" in config and "beta_schedule" not in config      # made, and not loaded
+        nameless = "base_shift" in config and "beta_schedule" not in config     # made, and not loaded
         if nameless or name.startswith("FlowMatch"):
             config["prediction_type"] = "flow_prediction"   # use_flow_sigmas would make Flux drop a user's
         elif config.get("snr_shift_scale") or config.get("timestep_type") == "continuous":
