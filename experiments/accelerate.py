@@ -39,7 +39,7 @@ class Options:
     cfg_scale: float = setting(4.0, "classifier-free guidance, for the page")
     out: str = setting("accelerated.png", "page to write")
     ckpt: str = setting("", "a model of train.py on transport linear: the table in place of the page")
-    num: int = setting(256, "images of the table", least=1)
+    num: int = setting(64, "images of the table", least=1)
     columns: tuple = setting((5.0, 10.0, 20.0, 40.0), "steps of the table")
     device: str = setting("auto", "cuda, mps or cpu")
 
