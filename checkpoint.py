@@ -191,11 +191,11 @@ def read_tensors(file, device="cpu"):
             return tensors, stored.metadata() or {}, extras
 
 
-def load_model(path, device="cpu", recipe=""):
+def load_model(path, device="cpu", recipe="", model_name=""):
     """(net, config, class names) from what find_model finds, ours or published.
 
-    recipe: its network, transport and sampler are used for files that do not say. ValueError: damaged, of no
-    known family, or names that are missing or left over.
+    recipe: its network, transport and sampler are used for files that do not say; model_name: the network
+    alone. ValueError: damaged, of no known family, or names that are missing or left over.
     """
     file, row = find_model(path), recipe_row(recipe) if recipe else {}
     tensors, metadata, extras = read_tensors(file, device)
@@ -206,10 +206,10 @@ def load_model(path, device="cpu", recipe=""):
         config = dataclasses.replace(config, **{name: row[name] for name in SAMPLING & row.keys()})
         net = build(config, shape, len(names))
     else:
-        model_name, size = row.get("model", ""), row.get("image_size", 256)
-        net, found = published.detect_architecture(tensors, extras, model_name, size, file)
-        if model_name not in ("", found["model"]):
-            raise ValueError(f"{file} is {found['model']}, and recipe {recipe} is for {model_name}")
+        wanted, size = row.get("model", ""), row.get("image_size", 256)
+        net, found = published.detect_architecture(tensors, extras, wanted or model_name, size, file)
+        if wanted not in ("", found["model"]):
+            raise ValueError(f"{file} is {found['model']}, and recipe {recipe} is for {wanted}")
         config = Config(**{**found, **row, "recipe": recipe or "shapes"})
         names = [str(k) for k in range(net.num_classes)]
     try:

@@ -89,20 +89,23 @@ edm_alpha = lambda t: edm_s(t) * edm_gamma(t)
 edm_alpha_hat = lambda t: -edm_gamma(t) / 2
 edm_gamma_hat = lambda t: 2 * edm_alpha(t)
 
-# DDPM: a thousand betas from 1e-4 to 0.02. log(abar) is interpolated, so that t is continuous.
-BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-LOG_ABAR = F.pad(torch.log1p(-BETAS).cumsum(0), (1, 0))       # entry k belongs to t = k / 1000
+
+def discrete_path(log_abar):
+    """alpha, gamma of a schedule of N steps, as DDPM counts them: log(alpha_bar) (N,), float64, all below 0.
+    Step k, which the network knows as k - 1, is at t = k / N. Between steps the logarithm is interpolated."""
+    table = F.pad(log_abar, (1, 0))
+
+    def log_abar_at(t):
+        k = ((len(table) - 1) * t).clamp(0, len(table) - 1)
+        i = k.detach().long().clamp(max=len(table) - 2)
+        values = table.to(t.device, t.dtype)
+        return values[i] + (k - i) * (values[i + 1] - values[i])
+    return lambda t: torch.sqrt(-torch.expm1(log_abar_at(t))), lambda t: torch.exp(log_abar_at(t) / 2)
 
 
-def log_abar(t):
-    k = (1000 * t).clamp(0, 1000)
-    i = k.detach().long().clamp(max=999)
-    table = LOG_ABAR.to(t.device, t.dtype)
-    return table[i] + (k - i) * (table[i + 1] - table[i])
-
-
-ddpm_alpha = lambda t: torch.sqrt(-torch.expm1(log_abar(t)))
-ddpm_gamma = lambda t: torch.exp(log_abar(t) / 2)
+# DDPM: a thousand betas from 1e-4 to 0.02.
+DDPM_BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+ddpm_alpha, ddpm_gamma = discrete_path(torch.log1p(-DDPM_BETAS).cumsum(0))
 ddpm_time = lambda t: 1000 * t - 1
 
 TRANSPORTS = {name: Transport(*row) for name, *row in (

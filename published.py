@@ -20,7 +20,7 @@ HUB = {"repae":        ("REPA-E/sit-ldm-e2e-vavae", "*.pt", "*.safetensors"),
        "sit":          ("nyu-visionx/SiT-collections", "*XL*256*.pt"),
        "ddt":          ("MCG-NJU/DDT-XL-22en6de-R256", "*.ckpt", "*.pt"),
        "ddt512":       ("MCG-NJU/DDT-XL-22en6de-R512", "*.ckpt", "*.pt")}
-HUB |= {f"tune-{name}": HUB[name] for name in ("repae", "lightningdit", "ddt")}
+HUB |= {f"tune-{name}": HUB[name] for name in ("repae", "lightningdit", "ddt", "sit")}
 HUB |= {f"in{name}{few}": (UCGM_HOME, "outputs/*/*/checkpoints/*.pt")
         for name in ("256-vavae", "256-e2e", "256-sd", "512-dcae", "512-sd") for few in ("", "-few")}
 
@@ -74,12 +74,25 @@ def detect_family(tensors, extras, model, file):
         return "SiT", "relinear"
     if model.startswith("DiT"):
         return "DiT", "ddpm"
-    raise ValueError(f"{file} may be a DiT or a SiT, whose files are alike: add --recipe dit or --recipe sit")
+    raise ValueError(f"{file} may be a DiT or a SiT, whose files are alike: "
+                     "add --recipe dit or --recipe sit, to tune it tune-dit or tune-sit")
 
 
 def learns_sigma(tensors):
     _, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     return len(tensors["final_layer.linear.weight"]) == 2 * patch**2 * channels
+
+
+def without_sigma(weights, net):
+    """Weights of a network that also has DDPM's variances, as net has them, if net has none: its last layer
+    keeps the rows of the output that is used, so that it computes the same."""
+    wanted = net.state_dict()
+    for name in {"final_layer.linear.weight", "final_layer.linear.bias"} & weights.keys() & wanted.keys():
+        value = weights[name]
+        if len(value) == 2 * len(wanted[name]):
+            of_patch = value.unflatten(0, (net.patch_size**2, 2 * net.in_channels))     # (P*P, 2C, ...)
+            weights = weights | {name: of_patch[:, :net.in_channels].flatten(0, 1)}
+    return weights
 
 
 def detect_architecture(tensors, extras, model="", image_size=256, file="the file"):

@@ -79,6 +79,22 @@ def rho_at(rho, transport, now, after):
     return float((2 * (now - after).abs() * transport.alpha(now) / transport.alpha(after) ** 2).clamp(0, 1))
 
 
+def next_x(transport, t, i, raw, before, kappa_i, rho, noise):
+    """One step of sample() and of scheduler.py: x at t[i + 1], and its z_hat before noise is renewed.
+
+    t (N + 1,): the grid, on the CPU. raw, before: x_hat and z_hat (B, ...) as predicted at t[i] and t[i - 1];
+    before is not read where kappa_i is 0. rho, noise(i): as in sample().
+    """
+    x_hat, z_hat = raw
+    if kappa_i:                         # of data and noise alike: the noise alone is worse than nothing
+        x_hat = x_hat + kappa_i * (raw[0] - before[0])
+        z_hat = z_hat + kappa_i * (raw[1] - before[1])
+    z_mixed, rho_i = z_hat, rho_at(rho, transport, t[i], t[i + 1])
+    if rho_i:
+        z_mixed = (1 - rho_i) ** 0.5 * z_hat + rho_i**0.5 * noise(i).to(z_hat)
+    return transport.alpha(t[i + 1]).item() * z_mixed + transport.gamma(t[i + 1]).item() * x_hat, z_hat
+
+
 def with_guidance(net, cfg_scale, null):
     """A network that answers F_null + cfg_scale (F_y - F_null), by one call of twice the batch."""
     def guided(x, t, y):
@@ -115,24 +131,16 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
         return predict(in_dtype, transport, x, t[i].to(x.device).expand(len(x)), y)[1:]
 
     for i in range(last + 1):
-        x_raw, z_raw = x_hat, z_hat = denoise(x, i)
+        raw = denoise(x, i)
         if on_step:
-            on_step(i, times[i], x_raw.to(z.dtype))
+            on_step(i, times[i], raw[0].to(z.dtype))
         if i == last:
-            return x_raw.to(z.dtype)
+            return raw[0].to(z.dtype)
 
-        kappa_i = kappa_at(kappa, times, i)
-        if kappa_i:                     # of data and noise alike: the noise alone is worse than nothing
-            x_hat = x_hat + kappa_i * (x_raw - before[0])
-            z_hat = z_hat + kappa_i * (z_raw - before[1])
-        before = x_raw, z_raw           # the raw ones: the correction is carried by x, not by the predictions
-
-        z_mixed, rho_i = z_hat, rho_at(rho, transport, t[i], t[i + 1])
-        if rho_i:
-            z_mixed = (1 - rho_i) ** 0.5 * z_hat + rho_i**0.5 * noise(i).to(x)
-        (a, a_next), (g, g_next) = transport.alpha(t[i:i + 2]).tolist(), transport.gamma(t[i:i + 2]).tolist()
-        x_next = a_next * z_mixed + g_next * x_hat
+        x_next, z_hat = next_x(transport, t, i, raw, before, kappa_at(kappa, times, i), rho, noise)
+        before = raw                    # not the extrapolated ones: x carries the correction
         if order == 2:                  # Heun: the step again, with the mean of this and the next noise
+            (a, a_next), (g, g_next) = (f(t[i:i + 2]).tolist() for f in (transport.alpha, transport.gamma))
             z_mean = (z_hat + denoise(x_next, i + 1)[1]) / 2
             x_next = x * g_next / g + (a_next - g_next * a / g) * z_mean
         x = x_next

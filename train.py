@@ -37,6 +37,7 @@ from engine import (Signals, Skipped, autocast, can_compile, clip_gradient, from
 from latents import decoder, open_latents
 from log import Log, LossByTime, draw_curves, preview, utilisation
 from objective import resolve
+from published import without_sigma
 from sample import Model
 from sampler import check_sampler, time_grid
 
@@ -181,17 +182,19 @@ def open_data(config):
 
 def load_start(config, net, names):
     """Put the weights of --init_from into the network. ValueError for another one, or other classes."""
-    start, other, known = load_model(config.init_from)
+    start, other, known = load_model(config.init_from, model_name=config.model)
+    weights = without_sigma(start.state_dict(), net)
     numbered = all(name.isdigit() for name in known)        # as published files have them
     if known != names and not numbered and not config.allow_change:
         raise ValueError(f"{config.init_from} knows the classes {known}, and {config.data} has {names}: "
                          "if that is meant, add --allow_change")
-    shapes, wanted = ({name: value.shape for name, value in n.state_dict().items()} for n in (start, net))
+    shapes, wanted = ({name: v.shape for name, v in w.items()} for w in (weights, net.state_dict()))
     if shapes != wanted or (other.transport, other.x_pred) != (config.transport, config.x_pred):
         was, now = (f"{c.model} on {c.transport}, {n.input_size} px, {n.num_classes} classes, "
                     f"x_pred {c.x_pred}" for c, n in ((other, start), (config, net)))
-        raise ValueError(f"{config.init_from} is {was}; this run is {now}")
-    net.load_state_dict(start.state_dict())
+        hint = ": its table of classes has no null row" * (start.num_classes + 1 == net.num_classes)
+        raise ValueError(f"{config.init_from} is {was}; this run is {now}{hint}")
+    net.load_state_dict(weights)
 
 
 def check_setup(config, data, net, before, first, old_names):

@@ -59,6 +59,105 @@ def to_ldm(tensors, levels):
     return out
 
 
+# ---- pipelines of diffusers, tiny and random ----------------------------------------------------------
+
+UNET = dict(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=16,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2)
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+HEADS = dict(num_attention_heads=2, num_layers=1)
+
+
+def small_dit():
+    from diffusers import DiTTransformer2DModel
+    torch.manual_seed(1)
+    return DiTTransformer2DModel(sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8,
+                                 in_channels=4, num_attention_heads=2, out_channels=8).eval()
+
+
+def dit_pipeline(kind):
+    from diffusers import DDIMScheduler, DiTPipeline
+    return DiTPipeline(small_dit(), small_kl(), DDIMScheduler(clip_sample=False))
+
+
+def sd_pipeline(kind):
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+    return kind(vae=small_kl(), text_encoder=None, tokenizer=None, unet=UNet2DConditionModel(**UNET),
+                scheduler=DDIMScheduler(**BETAS, clip_sample=False), safety_checker=None,
+                feature_extractor=None, requires_safety_checker=False)
+
+
+def sdxl_pipeline(kind):
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+    unet = UNet2DConditionModel(**UNET, addition_embed_type="text_time", addition_time_embed_dim=8,
+                                projection_class_embeddings_input_dim=64)
+    return kind(vae=small_kl(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+                unet=unet, scheduler=DDIMScheduler(**BETAS, clip_sample=False))
+
+
+def sd3_pipeline(kind):
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    net = SD3Transformer2DModel(**HEADS, sample_size=8, in_channels=4, out_channels=4, attention_head_dim=8,
+                                joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16,
+                                pos_embed_max_size=8)
+    texts = {f"{part}{k}": None for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3")}
+    shift = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return kind(**texts, transformer=net, vae=small_kl(), scheduler=shift)
+
+
+def flux_pipeline(kind):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    net = FluxTransformer2DModel(**HEADS, in_channels=16, num_single_layers=1, attention_head_dim=16,
+                                 joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8))
+    texts = {f"{part}{k}": None for part in ("text_encoder", "tokenizer") for k in ("", "_2")}
+    shift = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return kind(**texts, transformer=net, vae=small_kl(), scheduler=shift)
+
+
+def sana_pipeline(kind):
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
+    net = SanaTransformer2DModel(**HEADS, in_channels=8, out_channels=8, attention_head_dim=8, sample_size=8,
+                                 num_cross_attention_heads=2, cross_attention_head_dim=8,
+                                 cross_attention_dim=16, caption_channels=16)
+    return kind(tokenizer=None, text_encoder=None, vae=small_dc(), transformer=net,
+                scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0))
+
+
+PIPELINES = {"dit": (dit_pipeline, "DiTPipeline"), "sd": (sd_pipeline, "StableDiffusionPipeline"),
+             "sdxl": (sdxl_pipeline, "StableDiffusionXLPipeline"), "flux": (flux_pipeline, "FluxPipeline"),
+             "sd3": (sd3_pipeline, "StableDiffusion3Pipeline"), "sana": (sana_pipeline, "SanaPipeline")}
+
+
+def pipeline(name, image=False):
+    """(pipeline, arguments of its call): random weights, two prompts, latents as output. image: the pipeline
+    that starts from images. Skips the test without transformers, which all but DiT's import."""
+    import diffusers
+    import pytest
+    make, kind = PIPELINES[name]
+    if name != "dit":
+        pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    kind = kind.replace("Pipeline", "Img2ImgPipeline") if image else kind
+    pipe = make(getattr(diffusers, kind))
+    pipe.set_progress_bar_config(disable=True)
+    if name == "dit":
+        return pipe, {"class_labels": [1, 2]}
+    pipe.vae.register_to_config(shift_factor=0.1)
+    call = {"prompt_embeds": torch.randn(2, 5, 16), "output_type": "latent"}
+    if name != "flux":
+        call["negative_prompt_embeds"] = torch.randn(1, 5, 16).repeat(2, 1, 1)
+    if name in ("sdxl", "sd3", "flux"):
+        call["pooled_prompt_embeds"] = torch.randn(2, 16)
+    if name in ("sdxl", "sd3"):
+        call["negative_pooled_prompt_embeds"] = torch.randn(1, 16).repeat(2, 1)
+    if name == "sana":
+        masks = {f"{sign}prompt_attention_mask": torch.ones(2, 5) for sign in ("", "negative_")}
+        call |= masks | {"negative_prompt": None, "use_resolution_binning": False}
+    if not image or name in ("sd3", "flux"):
+        call |= dict.fromkeys(("height", "width"), 32 if name == "sana" else 16)
+    return pipe, call | ({"image": torch.rand(2, 3, 16, 16)} if image else {})
+
+
 # ---- images -------------------------------------------------------------------------------------------
 
 def make_images(root, count, seed=0):

@@ -257,13 +257,16 @@ def test_recipes_are_consistent(name):
 
 
 def test_published_rows_are_the_published_settings():
-    """A few numbers of the paper, by hand."""
+    """A few published numbers, by hand."""
     row = Config(**RECIPES["in512-dcae"])
     found = row.zeta, row.steps, row.sample_steps, row.kappa, row.betas, row.lr
     assert found == (0.57, 1_000_000, 40, 0.46, (0.9, 0.95), 2e-4)
     row = Config(**RECIPES["tune-repae"])
     found = row.style, row.zeta, row.steps, row.huber, row.grad_clip, row.ema, row.gap
     assert found == ("fc-vs-fe", 2.5, 500, 5.0, 0.1, (0.99,), (0.001, 0.75))
+    row = Config(**RECIPES["ddt512"])           # the later setting, not the paper's
+    found = row.sample_steps, row.cfg_scale, row.cfg_interval, row.kappa, row.schedule
+    assert found == (150, 2.35, (0.24, 1.0), 0.48, (1.14, 0.8, 1.1))
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py", "latents.py"])

@@ -24,7 +24,7 @@ import model
 import sample
 import sampler
 from config import RECIPES, read_config, read_flags, recipe_row
-from objective import TRANSPORTS, Objective, predict
+from objective import TRANSPORTS, Objective, edm_s, expand, predict
 from train import split_batch
 
 NAMES = ["README.md", "CONTRIBUTING.md", "RESULTS.md", "assets/README.md", "experiments/LOG.md"]
@@ -226,6 +226,65 @@ def test_the_network_in_contributing_trains_and_samples(tmp_path, monkeypatch, c
         assert status == 0, err
     assert page.is_file()
     assert log.flops_per_image(names["Tiny"](3, 8, 8)) > 0
+
+
+class Denoiser(torch.nn.Module):
+    """D(x; sigma) as EDM defines it (arXiv 2206.00364, table 1), around a network with the clock c_noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Net()
+
+    def forward(self, x, sigma, labels):
+        y = torch.where(labels.any(1), labels.argmax(1), 3)
+        s = sigma.reshape(-1, 1, 1, 1)
+        c_skip, c_out, c_in = 0.25 / (s**2 + 0.25), 0.5 * s / (s**2 + 0.25) ** 0.5, (s**2 + 0.25) ** -0.5
+        return c_skip * x + c_out * self.inner(c_in * x, sigma.log() / 4, y)
+
+
+def edm_of_contributing():
+    names = {"nn": torch.nn, "F": torch.nn.functional, "expand": expand, "edm_s": edm_s}
+    exec(blocks(CONTRIBUTING, "python", "<!-- another's network -->")[0], names)
+    return names["EDM"](Denoiser(), 3)
+
+
+def test_the_wrapper_in_contributing_is_the_heun_of_edm():
+    """Algorithm 1 of EDM without churn, in its own coordinates: what D says at every step, and the end."""
+    (_, z, _, _, _), net, seen = batch(4), edm_of_contributing().requires_grad_(False), []
+    y, grid = torch.arange(4), torch.tensor(sampler.time_grid(11, gap=(0.01, 0.02), order=2)).double()
+    labels, s, expected = torch.eye(4, dtype=torch.float64)[y, :3], edm_s(grid), []
+    D = lambda x, i: net.denoiser(x, s[i].expand(4), labels)
+    x = z / TRANSPORTS["edm"].gamma(grid[0])
+    for i in range(len(grid) - 1):
+        expected.append(D(x, i))
+        if i < len(grid) - 2:
+            d = (x - expected[i]) / s[i]
+            after = x + (s[i + 1] - s[i]) * d
+            x = x + (s[i + 1] - s[i]) * (d + (after - D(after, i + 1)) / s[i + 1]) / 2
+    sampler.sample(net, z, y, "edm", times=grid, order=2, on_step=lambda i, t, x_hat: seen.append(x_hat))
+    assert_close(torch.stack(seen), torch.stack(expected), rtol=1e-7, atol=1e-7)
+
+
+def test_the_wrapper_in_contributing_trains():
+    """At lambda 0 the loss is the root of EDM's, |D - x|^2 / c_out^2; at lambda 1 all parameters learn."""
+    (x, z, t, y, drop), net = batch(), edm_of_contributing()
+    plain = Objective("edm", time_weight="none")
+    sigma = edm_s(t)
+    labels = torch.eye(4, dtype=x.dtype)[torch.where(drop, 3, y), :3]
+    c_out = 0.5 * sigma / (sigma**2 + 0.25) ** 0.5
+    off = net.denoiser(x + expand(sigma, x) * z, sigma, labels) - x
+    loss = plain(net, x, y, t, z, drop)
+    assert_close(loss, off.square().mean((1, 2, 3)).sqrt() / c_out, rtol=1e-7, atol=0)
+    optimizer, losses = torch.optim.Adam(net.parameters(), 0.02), []
+    for _ in range(60):
+        optimizer.zero_grad()
+        losses.append(plain(net, x, y, t, z, drop).mean())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    optimizer.zero_grad()
+    Objective("edm", lam=1.0)(net, x, y, t, z, drop).mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
 
 
 # ---- the diffs ----------------------------------------------------------------------------------------

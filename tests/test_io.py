@@ -1,8 +1,10 @@
 """What is read and written: published checkpoints, old runs, folders of latents, autoencoders, the hub."""
 import argparse
+import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,15 @@ from runs import TIT_NANO
 from safetensors.torch import load_file, save_file
 from standins import COMMIT, Hub, hub, make_images, small_dc, small_kl, to_ldm
 from torch.testing import assert_close
-from toys import GOLDEN, ROOT
+from toys import GOLDEN, ROOT, run
 
 import latents
 import model
 import published
 from checkpoint import load_model
-from config import RECIPES
+from config import RECIPES, Config
 from latents import Autoencoder, centre_crop, from_ldm, normalisation, open_latents
+from train import load_start
 
 OLD_RUN = Path(__file__).resolve().parent / "old_run"
 
@@ -110,6 +113,49 @@ def test_what_cannot_be_told_is_asked(tmp_path, monkeypatch):
     torch.save({"weights": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="x_embedder.proj.weight"):
         load_model(path)
+
+
+@pytest.mark.parametrize("recipe, kind", [("tune-dit", "raw"), ("tune-sit", "raw"), ("tune-sit", "sit")])
+def test_a_dit_and_a_raw_sit_are_tuned(tmp_path, monkeypatch, capsys, recipe, kind):
+    """From a file as its publisher has it, with DDPM's variances: the start gives the golden output, 20 steps
+    change it, and the run is sampled at 2 steps. A SiT goes on without the variances."""
+    pytest.importorskip("diffusers")
+    family = {"tune-dit": "DiT", "tune-sit": "SiT"}[recipe]
+    net = partial(model.DiT, patch_size=2, **model.SIZES["golden"], **model.FAMILIES[family])
+    monkeypatch.setitem(model.MODELS, f"{family}-golden/2", net)
+    monkeypatch.setitem(RECIPES[recipe], "model", f"{family}-golden/2")
+    file, out, folder = tmp_path / "published.pt", tmp_path / "out", tmp_path / "latents"
+    weights = load_file(GOLDEN / "sit_learn_sigma.safetensors")
+    torch.save(wrapped(kind, weights), file)
+    write_shards(folder, 1, 40, (4, 8, 8), classes=10)
+    small_kl().save_pretrained(tmp_path / "kl")
+    flags = ["--steps", 20, "--batch_size", 16, "--data", f"latents:{folder}", "--device", "cpu",
+             "--vae", f"sd-ema={tmp_path / 'kl'}", "--no-compile", "--log_every", 1, "--out", out]
+    status, said, err = run("train.py", "--recipe", recipe, "--init_from", file, *flags, capsys=capsys)
+    assert status == 0 and "not finite" not in said, err
+    state = load_file(next(out.glob("state_*20.*")))
+    start, tuned = net(8, num_classes=10).eval(), net(8, num_classes=10).eval()
+    start.load_state_dict({name[8:]: value for name, value in state.items() if name.startswith("teacher.")})
+    assert_golden(start, "sit_learn_sigma")
+    tuned.load_state_dict({name[4:]: value for name, value in state.items() if name.startswith("net.")})
+    with pytest.raises(AssertionError):
+        assert_golden(tuned, "sit_learn_sigma")
+    if family == "DiT":                                 # row k of a patch: 4 of epsilon, 4 of sigma
+        rows = [w["final_layer.linear.weight"].unflatten(0, (4, 8)) for w in (tuned.state_dict(), weights)]
+        changed = (rows[0] != rows[1]).any(2).any(0).tolist()
+        assert changed == 4 * [True] + 4 * [False]
+    page = tmp_path / "page.png"
+    status, said, err = run("sample.py", "--ckpt", out, "--steps", 2, "--num", 4, "--device", "cpu",
+                            "--out", page, capsys=capsys)
+    assert status == 0 and page.is_file() and "NFE 2" in said, err
+
+
+def test_a_start_of_one_class_less_is_said_to_lack_the_null_row(tmp_path):
+    net = model.DiT(8, 2, 4, **model.SIZES["golden"], num_classes=11)
+    torch.save(load_file(GOLDEN / "sit.safetensors"), tmp_path / "x.pt")
+    config = Config(model="SiT-golden/2", init_from=str(tmp_path / "x.pt"))
+    with pytest.raises(ValueError, match="10 classes.*11 classes.*no null row"):
+        load_start(config, net, [str(k) for k in range(11)])
 
 
 def test_published_pickles_are_read_without_running_them(tmp_path):
@@ -239,15 +285,19 @@ def test_a_folder_that_has_changed_is_encoded_again_where_it_has(tmp_path, monke
         encode()
 
 
-def write_shards(folder, shards, each, shape):
-    """A folder as UCGM and LightningDiT publish it: no manifest. Returns the latents, N(0, 1)."""
+def write_shards(folder, shards, each, shape, classes=None):
+    """A folder as UCGM and LightningDiT publish it, with a manifest for `classes`. Returns the latents."""
     folder.mkdir()
     values = [torch.randn(each, *shape, generator=torch.Generator().manual_seed(k)) for k in range(shards)]
     for k, rows in enumerate(values):
-        tensors = {"latents": rows, "latents_flip": rows.flip(-1).contiguous(), "labels": torch.arange(each)}
+        labels = torch.arange(each) % (classes or each)
+        tensors = {"latents": rows, "latents_flip": rows.flip(-1).contiguous(), "labels": labels}
         save_file(tensors, folder / f"latents_rank{k % 8:02d}_shard{k // 8:03d}.safetensors")
     stats = {"mean": torch.ones(1, shape[0], 1, 1), "std": torch.full((1, shape[0], 1, 1), 2.0)}
     torch.save(stats, folder / "latents_stats.pt")
+    if classes:
+        names = [str(k) for k in range(classes)]
+        (folder / "manifest.json").write_text(json.dumps({"vae": "sd-ema", "classes": names}))
     return torch.cat(values)
 
 
@@ -369,32 +419,6 @@ def test_the_names_of_latent_diffusion(ends):
         peer = convert_ldm_vae_checkpoint(ldm, blocks)
         assert peer.keys() == ours.state_dict().keys()
         assert all(torch.equal(peer[name].squeeze(), v.squeeze()) for name, v in ours.state_dict().items())
-
-
-# ---- the sampler on somebody's network ----------------------------------------------------------------
-
-def test_a_diffusers_dit_with_kappa_0_is_ddim():
-    """The wrapper of experiments/accelerate.py, random weights, against diffusers' own DDIM loop."""
-    diffusers = pytest.importorskip("diffusers")
-    from experiments.accelerate import dit
-    from sampler import sample
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
-        sample_size=8, num_embeds_ada_norm=10).eval()
-    with torch.no_grad():
-        for p in transformer.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading",
-                                        beta_schedule="linear")
-    scheduler.set_timesteps(20)
-    z, y = torch.randn(3, 4, 8, 8), torch.tensor([1, 5, 9])
-    x = z.clone()
-    with torch.no_grad():
-        for k in scheduler.timesteps:
-            epsilon = transformer(x, timestep=k.expand(3), class_labels=y).sample[:, :4]
-            x = scheduler.step(epsilon, k, x).prev_sample
-    ours = sample(dit(transformer), z, y, "ddpm", steps=20, gap=(1 / 20 - 0.001, 0.001))
-    assert (ours - x).abs().max() <= 1e-4 * x.abs().max()
 
 
 # ---- the hub ------------------------------------------------------------------------------------------
