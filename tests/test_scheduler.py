@@ -131,7 +131,8 @@ def test_the_times_of_flow_are_shifted_as_theirs(words, mu):
 
 
 def test_the_usual_sigmas_give_way_to_our_grid():
-    scheduler = UCGMScheduler.from_config(diffusers.FlowMatchEulerDiscreteScheduler().config, gap=(0.01, 0.02))
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler = UCGMScheduler.from_config(theirs.config, gap=(0.01, 0.02))
     for given in (dict(num_inference_steps=5), dict(sigmas=np.linspace(1, 0.2, 5)), dict(sigmas=[0.9, 0.2])):
         scheduler.set_timesteps(**given)
         expected = given["sigmas"] if len(scheduler.timesteps) == 2 else time_grid(5, gap=(0.01, 0.02))[:-1]
