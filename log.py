@@ -161,7 +161,7 @@ def preview(model):
     columns = min(model.net.num_classes, 10) or 8
     classes = range(columns) if model.net.num_classes else None
     _, x, _ = next(generate(model, range(8 * columns), 8 * columns, classes=classes))
-    return image_grid(x, columns)
+    return image_grid(x, columns, titles=model.names[:columns])
 
 
 def draw_curves(out):

@@ -23,7 +23,7 @@ class Options(SamplerFlags):
     out: str = setting("samples.png", "a page (png jpg webp), film of the steps (gif), or uint8 arrays (npz)")
     classes: str = setting("", "names or numbers, with commas, taken in turn; empty: all of them")
     seeds: str = setting("", "such as 0-63 or 3,5,8; empty: 0 to num - 1")
-    num: int | None = setting(None, "how many images [64; of a trajectory 12, of a film 20]", least=1)
+    num: int | None = setting(None, "how many images [8 rows; of a trajectory 12, of a film 4]", least=1)
     beside: str = setting("", "another model, to the right in the film")
     trajectory: bool = setting(False, "a row an image, a column a step: the data as the model sees them then")
     push: str = setting("", "also put the model, with this page and command, on the hub as USER/REPO")
@@ -233,8 +233,6 @@ def main(options):
         raise ValueError("several processes draw arrays, not a page: use --out samples.npz")
     init_distributed()
     path = options.ckpt or newest_model(options.recipe)
-    num = options.num or (12 if options.trajectory else 20 if suffix == ".gif" else 64)
-    seeds = read_seeds(options.seeds or f"0-{num - 1}")
     open_path = lambda path: open_model(path, pick_device(options.device), options.dtype, options.recipe,
                                         options.vae)
     model = open_path(path)
@@ -244,6 +242,10 @@ def main(options):
     nfe, steps = model.nfe(**options.given()), model.config.sampler(**options.given())["steps"]
     titles = [model.names[k] for k in classes] or model.names           # a column a class, if that is a page
     columns, titles = (len(titles), titles) if 4 <= len(titles) <= 12 else (8, [])
+    if suffix == ".gif":
+        columns = min(columns, 5)
+    usual = 12 if options.trajectory else columns * (4 if suffix == ".gif" else 8)
+    seeds = read_seeds(options.seeds or f"0-{(options.num or usual) - 1}")
     rows = len(seeds) if options.trajectory else -(-len(seeds) // columns)
     check_out(options.out, 18 + rows * (max(64, model.net.input_size) + 4))
     start = time.perf_counter()
@@ -251,7 +253,7 @@ def main(options):
         draw_npz(model, seeds, options, classes)
     elif suffix == ".gif":
         draw_film([model, open_path(options.beside)] if options.beside else [model], seeds, options, classes,
-                  min(columns, 5))
+                  columns)
     else:
         draw_page(model, seeds, options, classes, columns, titles)
     seconds = time.perf_counter() - start
