@@ -156,9 +156,9 @@ def test_images_of_every_kind_become_rgb(tmp_path, mode, size, value):
         assert (read_square(path, 256) == np.round(ramp / 257)).all()
 
 
-def stand_in_mnist(root):
-    """The four files of MNIST in their real format (idx, gzip), as torchvision downloads them."""
-    folder = root / "MNIST" / "raw"
+def stand_in_mnist(root, name="MNIST"):
+    """The four files of MNIST or Fashion-MNIST in their real format (idx, gzip), as torchvision has them."""
+    folder = root / name / "raw"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for split, n in (("train", 40), ("t10k", 10)):
@@ -170,14 +170,19 @@ def stand_in_mnist(root):
                 file.write(head + array.tobytes())
 
 
-def test_mnist_in_its_own_format(tmp_path):
-    stand_in_mnist(tmp_path)
-    data = open_dataset(f"mnist:{tmp_path}")
-    x, y = data[np.arange(40)]
-    assert data.shape == (1, 28, 28) and len(data) == 40 and len(data.names) == 10
-    assert torch.bincount(y).tolist() == [4] * 10
-    pixels = np.frombuffer((tmp_path / "MNIST/raw/train-images-idx3-ubyte").read_bytes()[16:], np.uint8)
-    assert np.array_equal(np.sort(to_uint8(x).numpy().ravel()), np.sort(pixels))
+@pytest.mark.parametrize("name, folder, first", [("mnist", "MNIST", "0 - zero"),
+                                                 ("fashion", "FashionMNIST", "T-shirt/top")])
+def test_mnist_and_fashion_in_their_own_format(tmp_path, name, folder, first):
+    """The images to train on, and with test those that the set keeps for tests."""
+    stand_in_mnist(tmp_path, folder)
+    for split, count, test in (("train", 40, False), ("t10k", 10, True)):
+        data = open_dataset(f"{name}:{tmp_path}", test=test)
+        x, y = data[np.arange(count)]
+        assert data.shape == (1, 28, 28) and len(data) == count and data.names[0] == first
+        assert torch.bincount(y).tolist() == [count // 10] * 10
+        pixels = (tmp_path / folder / f"raw/{split}-images-idx3-ubyte").read_bytes()[16:]
+        pixels = np.sort(np.frombuffer(pixels, np.uint8))
+        assert np.array_equal(np.sort(to_uint8(x).numpy().ravel()), pixels)
 
 
 def test_cifar10_in_its_own_format(tmp_path, monkeypatch):

@@ -244,6 +244,24 @@ def test_the_shipped_two_step_model():
     assert result["accuracy"] >= 0.97 and result["variety"] >= 0.8, result
 
 
+def test_the_judge_of_others(capsys):
+    """Its scores are the package's own; torn shapes are further from real ones than other real ones are; and
+    the line has a floor, but no accuracy, since its classes are ImageNet's."""
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    judge, x = features.EffNet(), to_uint8(Shapes(32, seed=5)[np.arange(300)][0])
+    seen = F.interpolate(x[:4].float(), (96, 96), mode="bilinear", antialias=True)
+    net = package.EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(judge.net.state_dict())
+    expected = net.eval()((seen - 127) / 128)
+    assert_close(judge(x[:4])["scores"], expected, rtol=1e-4, atol=1e-4)
+    assert_close(judge(x[:4, :1])["pool"], judge(x[:4, :1].expand(-1, 3, -1, -1))["pool"])
+    torn = torch.where(torch.rand(100, 1, 32, 32) < 0.02, 255, x[200:])
+    real, other, torn = (statistics(judge(part)["pool"]).moments() for part in (x[:100], x[100:200], torn))
+    assert frechet(torn, real) > 1.5 * frechet(other, real)
+    result = evaluate(Options(ckpt=SHIPPED, num=20, steps=1, features="EffNet"))
+    assert result["floor"] < result["FD-EffNet"] and "accuracy" not in result
+
+
 def test_few_images_are_said(capsys):
     evaluate(Options(ckpt=SHIPPED, num=10, steps=1))
     assert "N = 10 is below the 64 features" in capsys.readouterr().out
