@@ -13,11 +13,6 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 
-# How long OpenMP's threads wait for one another in a loop, before they sleep. Its own choice, 100 times as
-# long, is no faster alone, and slows a step several times where another program takes one of the cores.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-
-
 def setting(default, text, group=None, least=-math.inf, most=math.inf):
     """A field with its line of help and its range. group: the title of the flags that start here."""
     return field(default=default, metadata={"help": text, "group": group, "range": (least, most)})

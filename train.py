@@ -280,6 +280,17 @@ def next_commands(config):
     return line + f", or tune it to two steps: python train.py --recipe {' '.join([few.recipe, *flags])}"
 
 
+def threads_of(device):
+    """What to say of the threads on a CPU. They wait for one another in a loop, so one that must share its
+    core with another program slows all of them, several times."""
+    if device.type != "cpu":
+        return ""
+    threads, load = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    free = max(1, math.floor(os.cpu_count() - load + 0.5))
+    busy = f" (other programs keep {load:.1f} of {os.cpu_count()} cores: --threads {free} may be faster)"
+    return f", threads {threads}{busy if load > 0.7 and free < threads else ''}"
+
+
 def last_words(config, stop, step, first, saved):
     """What became of the run, and what to type next. ValueError if the disk did not take its end."""
     if not saved:
@@ -341,8 +352,8 @@ def main(config):                                                               
 
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     print0(f"{config.model}, {millions:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; "
-           f"{device}{f' with {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}, "
-           f"{config.dtype}{', compiled in the first step: a minute' * compiled}")
+           f"{device}{threads_of(device)}, {config.dtype}"
+           f"{', compiled in the first step: a minute' * compiled}")
     print0(f"batch {config.batch_size} = {world} process{'es' * (world > 1)} x {accumulate} accumulation "
            f"step{'s' * (accumulate > 1)} x {config.batch_size // world // accumulate} images")
     if state:

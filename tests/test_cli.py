@@ -301,20 +301,15 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script, words, status
     assert done.returncode == status and said in done.stdout + done.stderr
 
 
-def test_threads_are_set_before_torch_is_loaded():
-    """OpenMP reads its settings when it is loaded; what the user has set stays. --threads wins over all."""
-    code = "import os, sys, config; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
-    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    for given, expected in (({}, "False 3000"), ({"GOMP_SPINCOUNT": "7"}, "False 7")):
-        done = subprocess.run([sys.executable, "-c", code], env={**env, **given}, cwd=ROOT,
-                              capture_output=True, text=True)
-        assert done.stdout.strip() == expected
-
-
-def test_the_number_of_threads(home, capsys):
+def test_the_number_of_threads(home, capsys, monkeypatch):
+    """It is said, and where another program works, what would help: two threads would wait for each other."""
     before = torch.get_num_threads()
     try:
-        _, out, _ = run("train.py", *SMALL, "--threads", 3, capsys=capsys)
-        assert torch.get_num_threads() == 3 and "cpu with 3 threads" in out
+        monkeypatch.setattr(os, "cpu_count", lambda: 4)
+        for load, threads, warned in ((1.7, 3, True), (1.7, 2, False), (0.3, 4, False), (9.0, 1, False)):
+            monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
+            _, out, _ = run("train.py", *SMALL, "--fresh", "--threads", threads, capsys=capsys)
+            assert torch.get_num_threads() == threads and f"cpu, threads {threads}," in out
+            assert ("--threads 2" in out) == warned
     finally:
         torch.set_num_threads(before)
