@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 # How long OpenMP's threads wait for one another in a loop, before they sleep. Its own choice, 100 times as
 # long, is no faster alone, and slows a step several times where another program takes one of the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # with a fixed order of sums (engine.wrap)
 
 
 def setting(default, text, group=None, least=-math.inf, most=math.inf):
