@@ -66,7 +66,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, patch)
 
-    def forward(self, x):
+    def forward(self, x):               # as a product of patches: a convolution's gradient is slow
         (ph, pw), weight = self.proj.kernel_size, self.proj.weight.flatten(1)       # (D, C*P*P)
         x = rearrange(x, "b c (gh ph) (gw pw) -> b (gh gw) (c ph pw)", ph=ph, pw=pw)
         return F.linear(x, weight, self.proj.bias)                                  # (B, N, D)
@@ -115,8 +115,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, rope):
-        parts = self.qkv(x).chunk(3, dim=-1)                                        # (B, N, D)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)       # (B, A, N, E)
+        heads = lambda part: part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = map(heads, self.qkv(x).chunk(3, dim=-1))                          # (B, A, N, E) each
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
