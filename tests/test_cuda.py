@@ -43,7 +43,7 @@ FEW = dict(lam=1.0, zeta=1.0, style="fc-vs-fe")
 @pytest.mark.parametrize("settings", [dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), FEW,
                                       FEW | dict(style="fc-vs-xz", huber=1.0), FEW | dict(derivative="jvp")])
 def test_one_step_of_each_loss(settings):
-    """The gradient is the CPU's: in float32 to 1e-3, in bfloat16 to 10 %."""
+    """The gradient is the CPU's: in float32 to 1e-3, in bfloat16 to 20 %."""
     nets = net, teacher = [TIT_NANO(input_size=8, in_channels=3, num_classes=3) for _ in range(2)]
     for p in (*net.parameters(), *teacher.parameters()):
         torch.nn.init.normal_(p, std=0.1)
@@ -57,7 +57,7 @@ def test_one_step_of_each_loss(settings):
             Objective(**settings)(net, *(v.to(device) for v in inputs), teacher).mean().backward()
         return torch.cat([p.grad.flatten().cpu() for p in net.parameters() if p.grad is not None])
     expected = gradient("cpu", torch.float32)
-    for dtype, off in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
+    for dtype, off in ((torch.float32, 1e-3), (torch.bfloat16, 0.2)):
         assert (gradient("cuda", dtype) - expected).norm() < off * expected.norm()
 
 
