@@ -117,10 +117,10 @@ def make_batch(net, batch, device):
 
 
 def compiled_net(net, device, how):
-    """How: yes, no or graphs. CUDA graphs want one shape and whole networks, so train.py does without."""
-    if how != "graphs":
+    """how: yes, as train.py does (a peer whole), no, or graphs, which want one shape: not in train.py."""
+    if how == "no" or how == "yes" and hasattr(net, "blocks"):
         return wrap(net, device, how == "yes")
-    model = torch.compile(net, mode="reduce-overhead")
+    model = torch.compile(net, mode="reduce-overhead" if how == "graphs" else None)
     model.num_classes = net.num_classes
     return model
 

@@ -302,13 +302,14 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script, words, status
 
 
 def test_threads_are_set_before_torch_is_loaded():
-    """OpenMP reads its settings when it is loaded; what the user has set stays. --threads wins over all."""
-    code = "import os, sys, config; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
-    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    for given, expected in (({}, "False 3000"), ({"GOMP_SPINCOUNT": "7"}, "False 7")):
+    """OpenMP and cuBLAS read their settings when they are loaded; what the user has set stays."""
+    own = {"GOMP_SPINCOUNT": "3000", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    code = f"import os, sys, config; print('torch' in sys.modules, *map(os.environ.get, {list(own)}))"
+    env = {name: value for name, value in os.environ.items() if name not in own}
+    for given in ({}, {"GOMP_SPINCOUNT": "7"}, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}):
         done = subprocess.run([sys.executable, "-c", code], env={**env, **given}, cwd=ROOT,
                               capture_output=True, text=True)
-        assert done.stdout.strip() == expected
+        assert done.stdout.split() == ["False", *(own | given).values()]
 
 
 def test_the_number_of_threads(home, capsys):
