@@ -13,6 +13,9 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # with a fixed order of sums (engine.wrap)
+
+
 def setting(default, text, group=None, least=-math.inf, most=math.inf):
     """A field with its line of help and its range. group: the title of the flags that start here."""
     return field(default=default, metadata={"help": text, "group": group, "range": (least, most)})

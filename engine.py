@@ -145,15 +145,25 @@ def can_compile(device):
     return device.type == "cuda" or device.type == "cpu" and bool(shutil.which(os.environ.get("CXX", "g++")))
 
 
-def wrap(net, device, fsdp, compiled):
-    """The network as the loop calls it: DDP where there are several processes, compiled or not."""
-    model = net
+def wrap(net, device, compiled, fsdp=False):
+    """The network as the loop calls it: DDP where there are several processes. It is compiled block by block
+    (in place), so that equal blocks are compiled once: XL starts in seconds. On a CPU the whole network is
+    compiled: that starts in twice the time, and its steps are 9 % faster.
+
+    Sums have a fixed order, so that the same command gives the same bits: on a CPU two threads would else add
+    up the gradient of the classes in any order, on a GPU attention and index_add would. There an empty
+    CUBLAS_WORKSPACE_CONFIG, which cuBLAS needs for it, turns it off."""
+    model, on_cpu = net, device.type == "cpu"
+    exact_products = os.environ.get("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8")
+    if compiled if on_cpu else device.type == "cuda" and exact_products:
+        torch.use_deterministic_algorithms(True, warn_only=not on_cpu)  # a GPU may lack one: go on then
+        torch.utils.deterministic.fill_uninitialized_memory = False     # a help in debugging that costs time
+    if compiled and not on_cpu:
+        for block in (*net.blocks, net.final_layer):
+            block.compile()
     if rank_and_world()[1] > 1 and not fsdp and any(p.requires_grad for p in net.parameters()):
         model = DistributedDataParallel(net, broadcast_buffers=False)
-    if compiled and device.type == "cpu":   # else two threads add up the gradient of the classes in any order
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False     # a help in debugging that costs time
-    if compiled:
+    if compiled and on_cpu:
         model = torch.compile(model)
     model.num_classes = net.num_classes     # the objective reads it; DDP and compile hide it
     return model

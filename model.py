@@ -54,8 +54,9 @@ def rotary_table(grid, head_width):
 
 def rotate(x, cos, sin):
     """Turn each neighbouring pair (x0, x1) of a head by its angle; (B, A, N, E) in, the same out."""
-    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)                                    # (B, A, N, E/2)
-    return x * cos + torch.stack([-x1, x0], dim=-1).flatten(-2) * sin
+    x1_x0 = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                           # (B, A, N, E)
+    sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1                   # -1, 1, -1, 1, ...
+    return x * cos + x1_x0 * (sign * sin)
 
 
 # ---- pieces -------------------------------------------------------------------------------------------
@@ -65,8 +66,10 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, patch)
 
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)                              # (B, N, D)
+    def forward(self, x):               # as a product of patches: a convolution's gradient is slow
+        (ph, pw), weight = self.proj.kernel_size, self.proj.weight.flatten(1)       # (D, C*P*P)
+        x = rearrange(x, "b c (gh ph) (gw pw) -> b (gh gw) (c ph pw)", ph=ph, pw=pw)
+        return F.linear(x, weight, self.proj.bias)                                  # (B, N, D)
 
 
 class LabelEmbed(nn.Module):
@@ -112,7 +115,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, rope):
-        q, k, v = rearrange(self.qkv(x), "b n (m a e) -> m b a n e", m=3, a=self.heads)  # (B, A, N, E)
+        heads = lambda part: part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = map(heads, self.qkv(x).chunk(3, dim=-1))                          # (B, A, N, E) each
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)

@@ -284,7 +284,8 @@ class Objective:
             return predict(net, transport, alpha * z_star + gamma * x_star, r, y)[1]
 
         if self.derivative == "jvp" and self.lam == 1:
-            with sdpa_kernel(SDPBackend.MATH):                  # fused attention has no forward mode
+            # fused attention has no forward mode, and torch.compile gives up the blocks that it meets in one
+            with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
                 return torch.func.jvp(data_at, (t,), (one(t),))[1]
         if self.derivative == "central" and self.lam == 1:
             return (data_at(t + self.dt) - data_at(t - self.dt)) / (2 * self.dt)

@@ -242,7 +242,8 @@ def look(model, objective, teacher, held_out, step, out, log):
     except ValueError as error:                 # a model that has diverged
         log.tell(str(error))
     if len(held_out[0]):
-        with autocast(model.device, model.dtype):
+        # the teacher's blocks are compiled for the batches of the training, not for these
+        with autocast(model.device, model.dtype), torch.compiler.set_stance("force_eager"):
             line["held_out_loss"] = held_out_loss(objective, model.net, teacher, *held_out)
     log.write(line)
     if log.writes:
@@ -345,8 +346,8 @@ def main(config):                                                               
 
     # What the loop calls: wrapped for several processes, and compiled.
     compiled = can_compile(device) if config.compile is None else config.compile
-    model = wrap(net, device, config.fsdp, compiled)
-    model_teacher = wrap(teacher, device, config.fsdp, compiled) if teacher else None
+    model = wrap(net, device, compiled, config.fsdp)
+    model_teacher = wrap(teacher, device, compiled, config.fsdp) if teacher else None
     batches = open_batches(data, config, accumulate, first, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device)
 
@@ -373,10 +374,11 @@ def main(config):                                                               
                 look(ema_model, objective, teacher, held_out, step, out, log)
             if stop or ((due or save_now) and step > first):
                 saved = save(nets, optimizer, config, data.names, step, out, log)
-                clock, clock_step = time.perf_counter(), step           # not a part of the speed
             if stop or step == config.steps:
                 break
 
+            if due or save_now:
+                clock, clock_step = time.perf_counter(), step           # not a part of the speed
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             for turn in range(accumulate):
@@ -398,6 +400,7 @@ def main(config):                                                               
                 average(teacher, net, TEACHER_EMA, step)
             if step == first and compiled:      # the speed and the time left are those of the steps after it
                 bar.unpause()
+                log.tell(f"compiled in the first step: {time.perf_counter() - clock:.0f} s")
                 clock, clock_step = time.perf_counter(), step + 1
             bar.update()
 

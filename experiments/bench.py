@@ -7,10 +7,13 @@
 The limit is the rate of plain matrix products, measured first. A step of sampling costs one forward pass an
 image (two with guidance), a step of training three (the backward pass counts as two) and those without
 gradient: one for the teacher of ft-vs-fe; at lam = 1 two for the central difference, and one (fc-vs-xz) or
-two (fc-vs-fe) for the teacher.
+two (fc-vs-fe) for the teacher. The last column has the shares of a call's time in products, attention,
+pointwise lines (norms, gates, rotary, casts) and optimiser (with clipping and averages). The published code
+was timed on an H200: batch 64, bfloat16, its blocks compiled one by one.
 """
 import copy
 import itertools
+import re
 import statistics
 import sys
 import time
@@ -25,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import build
 from config import Config, read_flags, setting
 from data import Shapes
-from engine import autocast, clip_gradient, optimizer_step, pick_device, pick_dtype, run
+from engine import autocast, clip_gradient, optimizer_step, pick_device, pick_dtype, run, wrap
 from log import flops_per_image, forwards, peak_memory
 from model import DiT
 from sampler import count_nfe, sample, time_grid
@@ -41,8 +44,9 @@ class Options:
     x_pred: bool = setting(True, "as the default recipe has it; --no-x_pred for models of latents")
     batches: str = setting("64", "images in a batch, several with commas")
     dtypes: str = setting("auto", "bfloat16, float32 or both, with commas")
-    compiles: str = setting("yes,no", "with torch.compile, without, or both")
+    compiles: str = setting("yes,no", "yes: as train.py does; no; graphs: whole, by CUDA graphs")
     modes: str = setting("train,tune,sample", "what to time")
+    only: str = setting("", "the rows whose name has this, such as fc-vs-fe")
     seconds: float = setting(3.0, "of measuring, for each row")
     baseline: bool = setting(False, "also timm's blocks (pip install timm) and diffusers' DiT")
     device: str = setting("auto", "cuda, mps or cpu")
@@ -54,10 +58,13 @@ TRAIN = {"lam 0":                 dict(),
 TUNE = {"lam 1, fc-vs-xz":        dict(style="fc-vs-xz", **TUNING),
         "lam 1, fc-vs-fe":        dict(style="fc-vs-fe", **TUNING),
         "lam 1, fc-vs-fe, jvp":   dict(style="fc-vs-fe", derivative="jvp", **TUNING)}
-SAMPLE = {"sample, 1 step": (1, 1.0), "sample, 2 steps": (2, 1.0), "sample, 40 steps": (40, 1.0),
-          "sample, 40 steps, guided": (40, 2.0)}
 COLUMNS = ("what", "batch", "dtype", "compiled", "ms", "images/s", "TFLOP/s", "of the limit", "first call, s",
-           "memory, GiB")
+           "memory, GiB", "published, images/s", "products, attention, pointwise, optimiser")
+PUBLISHED = {"lam 0, ft-vs-fe": 324, "lam 1, fc-vs-fe": 200}        # TiT-XL/1 on 16x16x32 latents
+# what a kernel's name has, the first that fits; what fits none is pointwise
+PARTS = {"pointwise": "^triton", "attention": "attention|flash|fmha|sdpa",
+         "optimiser": "adam|multi_tensor|foreach|lerp|vector_norm",
+         "products": "gemm|nvjet|cutlass|xmma|cublas|mm$|mkl|onednn|_linear"}
 
 
 # ---- time ---------------------------------------------------------------------------------------------
@@ -87,6 +94,20 @@ def product_rate(device, dtype):
     return 2 * n**3 / min(once(lambda: a @ b, device) for _ in range(20))
 
 
+def parts(call, device):
+    """The shares of the time of a call in products, attention, pointwise and optimiser, in percent."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        once(call, device)
+    times = dict.fromkeys(("products", "attention", "pointwise", "optimiser"), 0.0)
+    for event in profile.key_averages():
+        fits = (part for part, words in PARTS.items() if re.search(words, event.key, re.IGNORECASE))
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        times[next(fits, "pointwise")] += spent
+    return ", ".join(f"{100 * spent / max(1, sum(times.values())):.0f}" for spent in times.values()) + " %"
+
+
 # ---- what is timed: (call, forward passes an image) ---------------------------------------------------
 
 def make_batch(net, batch, device):
@@ -95,8 +116,11 @@ def make_batch(net, batch, device):
     return x, torch.arange(batch, device=device) % net.num_classes
 
 
-def compile_if(net, compiled):
-    model = torch.compile(net) if compiled else net
+def compiled_net(net, device, how):
+    """how: yes, as train.py does (a peer whole), no, or graphs, which want one shape: not in train.py."""
+    if how == "no" or how == "yes" and hasattr(net, "blocks"):
+        return wrap(net, device, how == "yes")
+    model = torch.compile(net, mode="reduce-overhead" if how == "graphs" else None)
     model.num_classes = net.num_classes
     return model
 
@@ -105,7 +129,7 @@ def train_step(config, net, batch, device, dtype, compiled):
     """A step of train.py on data that are there: draw, loss, backward, clip, optimiser, averages."""
     objective, optimizer = config.objective(), make_optimizer(config, net, dtype)
     ema, teacher = (copy.deepcopy(net).requires_grad_(False).eval() for _ in range(2))
-    model, model_teacher = compile_if(net, compiled), compile_if(teacher, compiled)
+    model, model_teacher = (compiled_net(network, device, compiled) for network in (net, teacher))
     x, y = make_batch(net, batch, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
 
@@ -124,12 +148,29 @@ def train_step(config, net, batch, device, dtype, compiled):
 
 def sample_call(steps, cfg_scale, net, batch, device, dtype, compiled):
     """A call of the sampler."""
-    model, (z, y) = compile_if(net.eval(), compiled), make_batch(net, batch, device)
+    model, (z, y) = compiled_net(net.eval(), device, compiled), make_batch(net, batch, device)
 
     def call():
         with autocast(device, dtype):
             sample(model, z, y, steps=steps, cfg_scale=cfg_scale)
     return call, count_nfe(time_grid(steps), cfg_scale=cfg_scale)
+
+
+def bare_passes(net, batch, device, dtype, compiled):
+    """What two steps of sampling cost at least."""
+    model, (z, y) = compiled_net(net.eval(), device, compiled), make_batch(net, batch, device)
+    t = torch.full((batch,), 0.5, device=device)
+
+    @torch.no_grad()
+    def call():
+        with autocast(device, dtype):
+            model(model(z, t, y), t, y)
+    return call, 2
+
+
+SAMPLE = {"sample, 1 step": partial(sample_call, 1, 1.0), "sample, 2 steps": partial(sample_call, 2, 1.0),
+          "2 bare forward passes": bare_passes, "sample, 40 steps": partial(sample_call, 40, 1.0),
+          "sample, 40 steps, guided": partial(sample_call, 40, 2.0)}
 
 
 # ---- peers --------------------------------------------------------------------------------------------
@@ -183,7 +224,7 @@ def find_peers(build_net):
 
 # ---- the table ----------------------------------------------------------------------------------------
 
-def cases(modes, is_peer):
+def cases(modes, only, is_peer):
     """What -> a function of (net, batch, device, dtype, compiled), which gives the call and its forwards."""
     rows = {}
     if "train" in modes:
@@ -191,8 +232,8 @@ def cases(modes, is_peer):
     if "tune" in modes and not is_peer:
         rows |= {what: partial(train_step, Config(**words)) for what, words in TUNE.items()}
     if "sample" in modes and not is_peer:
-        rows |= {what: partial(sample_call, *settings) for what, settings in SAMPLE.items()}
-    return rows
+        rows |= SAMPLE
+    return {what: prepare for what, prepare in rows.items() if only in what}
 
 
 def print_row(cells):
@@ -219,17 +260,19 @@ def main(options):
     batches, compiles = map(int, options.batches.split(",")), options.compiles.split(",")
     for batch, dtype, word in itertools.product(batches, dtypes, compiles):
         for peer, make in nets.items():
-            for what, prepare in cases(options.modes, bool(peer)).items():
+            for what, prepare in cases(options.modes, options.only, bool(peer)).items():
                 torch._dynamo.reset()
                 torch.manual_seed(0)
-                call, units = prepare(make().to(device), batch, device, dtype, word == "yes")
+                call, units = prepare(make().to(device), batch, device, dtype, word)
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 seconds, first = timed(call, device, options.seconds)
                 speed = batch * units * flops / seconds
                 print_row((peer + what, batch, str(dtype)[6:], word, f"{seconds * 1e3:.1f}",
                            f"{batch / seconds:.0f}", f"{speed / 1e12:.3g}", f"{speed / rates[dtype]:.1%}",
-                           f"{first:.1f}", f"{peak_memory(device):.2f}"))
+                           f"{first:.1f}", f"{peak_memory(device):.2f}",
+                           PUBLISHED.get(what, "") if options.model == "TiT-XL/1" else "",
+                           parts(call, device)))
     if device.type == "cpu":
         data = Shapes(options.size)
         seconds, _ = timed(lambda: data[range(64)], device, min(options.seconds, 1))

@@ -9,8 +9,12 @@ torch.set_num_threads(1)        # the networks here are small: more threads only
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed_and_device(request, monkeypatch):
+    """The same start for each test, and the CPU, also on a machine with a GPU, but for those marked cuda."""
     torch.manual_seed(0)
+    if not request.node.get_closest_marker("cuda"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")          # for the processes that it starts
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")

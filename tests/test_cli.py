@@ -301,6 +301,17 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script, words, status
     assert done.returncode == status and said in done.stdout + done.stderr
 
 
+def test_cublas_is_set_before_torch_is_loaded():
+    """It reads its setting when it is loaded; what the user has set stays."""
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    code = f"import os, sys, config; print('torch' in sys.modules, os.environ['{name}'])"
+    env = {key: value for key, value in os.environ.items() if key != name}
+    for given, expected in (({}, ":4096:8"), ({name: ":16:8"}, ":16:8")):
+        done = subprocess.run([sys.executable, "-c", code], env={**env, **given}, cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.stdout.split() == ["False", expected]
+
+
 def test_the_number_of_threads(home, capsys, monkeypatch):
     """It is said, and where another program works, what would help: two threads would wait for each other."""
     before = torch.get_num_threads()

@@ -41,26 +41,33 @@ def published_half_pi(monkeypatch):
     monkeypatch.setattr(objective, "HALF_PI", 1.57)
 
 
+def loss_and_gradient(case, device="cpu"):
+    """Of the toy network, and that of the teacher."""
+    net, teacher, drop = (value.to(device) for value in (ToyNet(tensor("theta")), ToyNet(tensor("phi")),
+                                                         torch.arange(20) >= 18))
+    loss = Objective(case["transport"].lower(), case["lam"], case["zeta"], case["style"], case["huber"],
+                     case["cosine"], case["weight"].lower())
+    loss = loss(net, *(tensor(name).to(device) for name in "xytz"), drop, teacher).mean()
+    loss.backward()
+    return loss.item(), net.p.grad.cpu(), teacher.p.grad
+
+
 @pytest.mark.parametrize("i", range(99))
 def test_loss_and_gradient(i):
     case = cases["objective"][i]
-    net, teacher, drop = ToyNet(tensor("theta")), ToyNet(tensor("phi")), torch.arange(20) >= 18
-    loss = Objective(case["transport"].lower(), case["lam"], case["zeta"], case["style"], case["huber"],
-                     case["cosine"], case["weight"].lower())
-    loss = loss(net, tensor("x"), tensor("y"), tensor("t"), tensor("z"), drop, teacher).mean()
-    loss.backward()
-    expected = torch.tensor(case["grad"])
-    assert_close(loss.item(), case["loss"], rtol=2e-5, atol=0)
-    assert (net.p.grad - expected).norm() < 2e-5 * expected.norm()
-    assert teacher.p.grad is None
+    (loss, grad, teacher_grad), expected = loss_and_gradient(case), torch.tensor(case["grad"])
+    assert_close(loss, case["loss"], rtol=2e-5, atol=0)
+    assert (grad - expected).norm() < 2e-5 * expected.norm()
+    assert teacher_grad is None
 
 
-def draw(case):
-    net, names = ToyNet(tensor("theta")), ("steps", "kappa", "rho", "order", "schedule", "gap")
+def draw(case, device="cpu"):
+    """Images of the toy network, and how often it was called."""
+    net, names = ToyNet(tensor("theta")).to(device), ("steps", "kappa", "rho", "order", "schedule", "gap")
     settings = {name: case[name] for name in names}
-    x = sample(net, tensor("z"), tensor("y"), case["transport"].lower(), **settings,
-               noise=lambda i: tensor("noises")[i])
-    return x, net.calls
+    x = sample(net, *(tensor(name).to(device) for name in "zy"), case["transport"].lower(), **settings,
+               noise=lambda i: tensor("noises")[i].to(device))
+    return x.cpu(), net.calls
 
 
 @pytest.mark.parametrize("i", range(27))
@@ -79,9 +86,11 @@ def test_stochastic_sampler(i):
     assert_close(draw(cases["stochastic"][i])[0], expected, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name, family", [("tit", "TiT"), ("sit", "SiT"), ("sit_learn_sigma", "DiT"),
-                                          ("lightningdit", "LightningDiT")])
-def test_network(name, family):
+NETWORKS = [("tit", "TiT"), ("sit", "SiT"), ("sit_learn_sigma", "DiT"), ("lightningdit", "LightningDiT")]
+
+
+@pytest.mark.parametrize("name, family", NETWORKS)
+def test_network(name, family, device="cpu"):
     numbers, weights = np.load(GOLDEN / "models.npz"), load_file(GOLDEN / f"{name}.safetensors")
     net = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=2, num_heads=4, num_classes=10,
               **FAMILIES[family])
@@ -92,7 +101,7 @@ def test_network(name, family):
     assert_close(net.pos_embed.data, weights["pos_embed"], rtol=0, atol=0)
     net.load_state_dict(weights, strict=True)
     with torch.no_grad():
-        out = net(*(torch.from_numpy(numbers[key]) for key in ("x", "t", "y")))
-    assert_close(out, torch.from_numpy(numbers[f"{name}_out"]), rtol=0, atol=1e-6)
+        out = net.to(device)(*(torch.from_numpy(numbers[key]).to(device) for key in ("x", "t", "y")))
+    assert_close(out.cpu(), torch.from_numpy(numbers[f"{name}_out"]), rtol=0, atol=1e-6)
     norms = [m for m in net.modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.RMSNorm))]
     assert len(norms) == 5 + 4 * ("qk_norm" in FAMILIES[family]) and {m.eps for m in norms} == {1e-6}

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -11,6 +12,10 @@ from data import Shapes, to_uint8
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
+
+# The marks of a test on a GPU.
+on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
 
 # Flags of two fast runs. TINY has four tokens: with one token the exact gradient of q and k is zero, and Adam
 # magnifies its rounding errors.

@@ -68,4 +68,5 @@ def test_resume_is_exact_compiled_and_on_two_threads():
         command = [sys.executable, str(ROOT / "train.py"), *flags, "--steps", steps, "--out", out]
         done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert "compiled in the first step: " in done.stdout
     assert_same("whole", "parts")

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What RESULTS.md says about GPUs, on one card, in under 8 minutes: each part has a time limit, and a part that
+# fails or is cut does not stop the next.
+#
+#     bash experiments/gpu.sh                  # everything into runs/gpu/*.txt, shown at the end
+#     DEVICE=cpu bash experiments/gpu.sh       # a try with tiny sizes, on any machine
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=runs/gpu device=${DEVICE:-cuda}
+rm -rf "$out" && mkdir -p "$out"
+xl="--model TiT-XL/1 --size 16 --channels 32 --classes 1000 --no-x_pred --seconds 2" steps=400
+small="--model TiT-XXS/8 --modes train --only ft-vs-fe --seconds 1"
+if [ "$device" = cpu ]; then
+  xl="--model TiT-XXS/1 --size 4 --channels 4 --classes 10 --no-x_pred --seconds 0.1" steps=20
+fi
+part() {    # SECONDS NAME COMMAND...: its output, its status and how long it took
+  local begun=$SECONDS
+  timeout -k 5 "$1" "${@:3}" > "$out/$2.txt" 2> "$out/$2.err"
+  echo "status $?, $((SECONDS - begun)) s of $1" >> "$out/$2.txt"
+}
+bench() { part "$1" "$2" python experiments/bench.py --device "$device" --compiles "$3" "${@:4}"; }
+train() { part 32 "$1" python train.py --device "$device" --fresh --out "$out/$1" --steps $steps; }
+
+# XL, for the published code's figures: lam 0 to 55 % of the products, fc-vs-fe to 260 images a second
+bench 75 xl-train yes $xl --modes train
+bench 45 xl-tune yes $xl --modes tune --only fc-vs-fe
+bench 30 xl-sample yes $xl --modes sample --only "2 "
+CUBLAS_WORKSPACE_CONFIG='' bench 25 xl-any-order yes $xl --modes train --only ft-vs-fe
+# the default recipe's network: launches, the price of exactness, CUDA graphs (worth it from 1.5 times on)
+bench 30 small yes $small
+CUBLAS_WORKSPACE_CONFIG='' bench 25 small-any-order yes $small
+bench 60 small-graphs graphs $small
+# the run itself: time to the first step, images a second; the same command again gives the same weights
+train default
+train again
+part 10 weights python - "$out"/{default,again}/model.safetensors <<'PYTHON'
+import hashlib, sys
+from safetensors.numpy import load_file
+for path in sys.argv[1:]:
+    weights = sorted(load_file(path).items())
+    print(hashlib.sha256(b"".join(value.tobytes() for _, value in weights)).hexdigest(), path)
+PYTHON
+[ "$device" = cpu ] || part 105 tests python -m pytest -q -m cuda
+
+tail -n 40 "$out"/*.txt | grep -v '^$'
+grep -h images_per_s "$out"/default/log.jsonl | tail -n 1
