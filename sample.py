@@ -206,7 +206,7 @@ def newest_model(recipe):
     if recipe:
         return f"runs/{recipe}"
     runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    return runs[-1] if runs else Path(__file__).parent / "assets/shapes-few.safetensors"
+    return runs[-1] if runs else Path(__file__).parent / "assets/fashion-few.safetensors"
 
 
 def read_seeds(text):

@@ -125,7 +125,8 @@ def test_image_k_depends_on_seed_k_alone(capsys):
     assert torch.equal(noise_like_seed([3, 5], (3, 8, 8), 2)[1], noise_like_seed([5], (3, 8, 8), 2)[0])
 
     def draw(out, words):
-        common = ["--steps", 2, "--dtype", "float32", "--out", out]
+        shipped = ROOT / "assets/shapes-few.safetensors"
+        common = ["--ckpt", shipped, "--steps", 2, "--dtype", "float32", "--out", out]
         assert run("sample.py", *common, *words.split(), capsys=capsys)[0] == 0
     pages = []
     for words in ("--seeds 0-11", "--seeds 0-11 --batch_size 5", "--num 12 --batch_size 1"):
@@ -143,9 +144,12 @@ def test_image_k_depends_on_seed_k_alone(capsys):
 
 
 def test_the_shipped_model_draws(capsys):
-    status, out, err = run("sample.py", "--steps", 2, "--num", 8, capsys=capsys)
-    assert status == 0 and "assets" in out, err
-    assert (ROOT / "assets/shapes-few.safetensors").stat().st_size < 6_000_000
+    """After a clone: clothes, a column a class, named."""
+    status, out, err = run("sample.py", "--steps", 2, capsys=capsys)
+    assert status == 0 and "80 images" in out and "assets" in out, err
+    assert Image.open("samples.png").size == (10 * 60 - 4, 18 + 8 * 60 - 4)
+    assert load_model(ROOT / "assets/fashion-few.safetensors")[2][9] == "Ankle boot"
+    assert sum(path.stat().st_size for path in (ROOT / "assets").glob("*-few.safetensors")) < 17_000_000
     assert all(path.stat().st_size < 500_000 for path in (ROOT / "assets").glob("features-*.safetensors"))
 
 
@@ -193,8 +197,8 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("sample.py", "--ckpt text.safetensors", "text.safetensors"),
     ("sample.py", "--ckpt foreign.safetensors", "x_embedder.proj.weight"),
     ("sample.py", "--ckpt list.pt", "list"),
-    ("sample.py", "--classes 8", "0..7"),
-    ("sample.py", "--classes hart", "heart"),
+    ("sample.py", "--classes 10", "0..9"),
+    ("sample.py", "--classes boot", "Ankle boot"),
     ("sample.py", "--seeds 5-x", "5-x"),
     ("sample.py", "--num 0", "num"),
     ("sample.py", "--out image.txt", "image.txt"),
