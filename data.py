@@ -316,7 +316,7 @@ def image_grid(x, columns, side=64, titles=()):
     cell = side + 4
     page = Image.new("RGB", (columns * cell - 4, top + rows * cell - 4), "white")
     for k, title in enumerate(titles):
-        ImageDraw.Draw(page).text((k * cell + side / 2, 3), title[:side // 6], "black",
+        ImageDraw.Draw(page).text((k * cell + side / 2, 3), title[:side // 5], "black",
                                   ImageFont.load_default(11), anchor="ma")
     for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()):
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3])

@@ -188,7 +188,7 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("train.py", "--recipe Shapes", "nearest: shapes,"),
     ("train.py", "--data images", "give folder:images"),
     ("train.py", "--data scores.npz", "give npz:scores.npz"),
-    ("train.py", "--fsdp", "torchrun"),
+    ("train.py", "--optimizer adamw --fsdp", "torchrun"),
     ("train.py", "--recipe in256-sd", "latents:DIR"),
     ("train.py", "--gap 0.5", "gap"),
     ("train.py", "--labels square,star", "square,star"),

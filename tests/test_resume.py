@@ -68,7 +68,8 @@ def test_a_run_with_the_former_names_of_settings_goes_on(capsys):
     shutil.copytree(OLD_RUN / "few", "few")
     flags = ("--image_size 8 --model TiT-nano/4 --batch_size 16 --no-compile --dtype float32 --device cpu "
              "--log_every 2 --warmup 5 --warmdown 0").split()
-    status, out, err = run("train.py", *flags, "--steps", 20, "--out", "many", capsys=capsys)
+    recipe = "--optimizer adamw --lr 8e-3 --zeta 0.5 --kappa auto".split()      # as it was then
+    status, out, err = run("train.py", *flags, *recipe, "--steps", 20, "--out", "many", capsys=capsys)
     assert status == 0 and "resumed from many/state_00000010" in out, err
     losses = {line["step"]: line["loss"] for line in log_of("many") if "loss" in line}
     expected = {12: 0.710922, 14: 0.610161, 16: 0.58915, 18: 0.714043, 20: 0.424769}

@@ -20,7 +20,8 @@ on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), re
 # Flags of two fast runs. TINY has four tokens: with one token the exact gradient of q and k is zero, and Adam
 # magnifies its rounding errors.
 TINY = ("--image_size 8 --model TiT-XXS/4 --batch_size 64 --no-compile --dtype float32 --device cpu "
-        "--log_every 5 --warmup 5 --warmdown 0 --save_every 10").split()
+        "--optimizer adamw --lr 8e-3 --zeta 0.5 --kappa auto --log_every 5 --warmup 5 --warmdown 0 "
+        "--save_every 10").split()
 SMALL = ("--image_size 8 --model TiT-XXS/8 --batch_size 16 --steps 3 --save_every 2 --log_every 1 "
          "--no-compile").split()
 
