@@ -180,9 +180,9 @@ def recipe(about, *parts, **more):
 
 # Minutes are of two CPU cores. FD @ n: the score at n network calls, by our features (RESULTS.md).
 RECIPES = {
-    "shapes":       recipe("many-step: 4 min, FD-shapes @A @ 20",
+    "shapes":       recipe("many-step: 5 min, FD-shapes 3.0 @ 20",
                            SHAPES, MANY, MUON, zeta=0.4, lr=5e-3, kappa=0.7, steps=5000),
-    "shapes-few":   recipe("two steps: 45 s, 9.3 @ 2", SHAPES, FEW, steps=600, rho=1.0, gap=(0.001, 0.5)),
+    "shapes-few":   recipe("two steps: 37 s, 5.2 @ 2", SHAPES, FEW, steps=600, rho=1.0, gap=(0.001, 0.5)),
     "shapes32":     recipe("many-step: 46 min of one core, 1.6 @ 40",
                            SHAPES32, MANY, MUON, zeta=0.3, lr=5e-3, steps=15000),
     "shapes32-few": recipe("two steps: 2 min, 1.7 @ 2", SHAPES32, FEW32, steps=440),
@@ -192,10 +192,10 @@ RECIPES = {
                            MNIST, MANY, MUON, zeta=0.4, steps=9000),
     "mnist-few":    recipe("two steps: 2 min, 3.6 @ 2",
                            MNIST, FEW, MUON, lr=6e-3, warmup=100, steps=360, gap=(0.001, 0.85)),
-    "fashion":      recipe("many-step: 77 min of one core, FD-fashion 4.9 @ 20",
+    "fashion":      recipe("many-step: 77 min of one core, FD-fashion 4.6 @ 40",
                            FASHION, MANY, MUON, zeta=0.4, steps=9000),
-    "fashion-few":  recipe("two steps: 4 min of one core, 6.5 @ 2",
-                           FASHION, FEW, MUON, lr=6e-3, warmup=100, steps=360, rho=1.0, gap=(0.001, 0.6)),
+    "fashion-few":  recipe("two steps: 6 min of one core, 3.3 @ 2", FASHION, FEW, MUON,
+                           lr=3e-3, warmup=100, steps=720, ema=(0.995,), gap=(0.001, 0.85)),
     "folder":       recipe("many-step, your images: 80 min", FOLDER, MANY, MUON, lr=5e-3, steps=5000),
     "folder-few":   recipe("two steps: 10 min", FOLDER, FEW, steps=600),
     "cifar10":      recipe("many-step; not run", CIFAR, MANY, lr=1e-3, steps=200_000, ema=(0.9999,)),

@@ -17,7 +17,7 @@ from engine import pick_device, run
 from sample import generate, open_model
 
 GAP, TITLE = 24, 24             # pixels between two blocks, and above each of them
-FOUR = (0.001, 0.3)             # the gap of four calls, which go nearer to the data than two
+FOUR = dict(rho=1.0, gap=(0.001, 0.3))      # of four calls, which go nearer to the data than two
 
 
 @dataclass
@@ -38,8 +38,8 @@ def main(options):
     one, few, many = options.one or options.few, options.few, options.many
     for path, steps in ((one, 1), (few, 2), (few, 4), (many, 40)):
         model = open_model(path, pick_device("cpu"))
-        gap = FOUR if steps == 4 else None
-        x = torch.cat([x for _, x, _ in generate(model, seeds, 256, steps=steps, gap=gap)])
+        more = FOUR if steps == 4 else {}
+        x = torch.cat([x for _, x, _ in generate(model, seeds, 256, steps=steps, **more)])
         calls = model.nfe(steps=steps)
         blocks.append((f"{calls} network call{'s' * (calls > 1)}", image_grid(x, options.columns)))
     width, height = blocks[0][1].size
