@@ -235,11 +235,11 @@ def drawn_images(model, seeds, options, labelled):
         yield first, to_uint8(x), *([y] if labelled else [])
 
 
-def stream_images(data, start, num, batch_size, labelled):
+def stream_images(data, start, num, batch_size, labelled=True):
     """(first, uint8 (B, C, S, S)[, y]) of this process's batches of real images, from position `start` on."""
     for first in rank_batches(num, batch_size, *rank_and_world()):
         x, y = data[start + np.arange(first, min(first + batch_size, num))]
-        yield first, to_uint8(x), *([y] if labelled else [])
+        yield first, to_uint8(x), *([y] if labelled and data.names else [])
 
 
 def npz_images(path, batch_size):
@@ -297,7 +297,7 @@ def read_reference(path):
 
 # ---- the scores ---------------------------------------------------------------------------------------
 
-def collect(what, batches, count, features, keep=False):
+def collect(batches, count, features, keep=False, what="images"):
     """Statistics of (first, uint8 images[, y]) batches, of all processes; count of images, if it is known.
     what: the title of the bar."""
     result, (rank, world) = Statistics(keep), rank_and_world()
@@ -351,13 +351,13 @@ def inception_reference(options, features, keep):
     """(Statistics of --ref, how they were made if it says)."""
     batches = stored_images(options.ref, options.batch_size)
     if not is_statistics(options.ref):
-        return collect("reference", batches, None, features, keep), None
+        return collect(batches, None, features, keep, what="reference"), None
     real, made = read_reference(options.ref)
     for what, mine in (("weights", features.hash), ("resize", features.resize)):
         if made.get(what, mine) != mine:
             raise ValueError(f"{options.ref} has {what} {made[what]}, not {mine}: make it anew by --stats")
     if keep:
-        real.features = collect("reference", batches, None, features, keep).features
+        real.features = collect(batches, None, features, keep, what="reference").features
     return real, made
 
 
@@ -382,13 +382,14 @@ def evaluate(options):
         features = EffNet() if kind == "EffNet" else small_features(kind, open_stream, folder)
         num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
         stream = partial(stream_images, data, num=num, batch_size=options.batch_size, labelled=labelled)
-        real = collect("real images", stream(0), num, features)
-        floor = collect("others, for the floor", stream(num), num, features)
+        real = collect(stream(0), num, features, what="real images")
+        floor = collect(stream(num), num, features, what="others, for the floor")
     seeds = range(options.seed * num, (options.seed + 1) * num)
     if model:
-        fake = collect("drawn images", drawn_images(model, seeds, options, labelled), num, features, keep)
+        drawn = drawn_images(model, seeds, options, labelled)
+        fake = collect(drawn, num, features, keep, what="drawn images")
     else:
-        fake = collect("images", stored_images(options.images, options.batch_size), None, features, keep)
+        fake = collect(stored_images(options.images, options.batch_size), None, features, keep)
     n, mean, _ = fake.moments()
     if n < len(mean):
         print0(f"N = {n} is below the {len(mean):,} features: the score is far too high, raise --num")
@@ -410,7 +411,7 @@ def write_statistics(options):
     if not options.out.endswith(".npz"):
         raise ValueError(f"out {options.out!r} must end in .npz")
     features = Inception(options.weights, options.resize).to(pick_device(options.device))
-    found = collect("images", stored_images(options.stats, options.batch_size), None, features)
+    found = collect(stored_images(options.stats, options.batch_size), None, features)
     pool, spatial = found.moments(), found.moments("spatial")
     made = json.dumps({"n": pool.n, "source": options.stats, "resize": options.resize,
                        "weights": features.hash})
