@@ -98,7 +98,7 @@ def test_train_tune_and_draw_on_latents(tmp_path, vaes):
                  "--out", tmp_path / "few"))
     finish(start("sample.py", "--ckpt", tmp_path / "few", "--num", 9, "--out", tmp_path / "nine.png"))
     assert Image.open(tmp_path / "nine.png").size == (8 * 68 - 4, 2 * 68 - 4)
-    assert Image.open(tmp_path / "many/grid_0000020.png").size == (3 * 68 - 4, 8 * 68 - 4)
+    assert Image.open(tmp_path / "many/grid_0000020.png").size == (3 * 68 - 4, 18 + 8 * 68 - 4)
     config = load_model(tmp_path / "few")[1]
     assert isinstance(config, Config) and len(config.latent_mean) == 8 and config.vae == vae
 
@@ -165,7 +165,7 @@ def test_push_and_read_back(tmp_path):
         assert {"model.safetensors", "config.json", "README.md", "samples.png"} <= Hub.files.keys()
         card = Hub.files["README.md"].decode()
         assert "python sample.py --ckpt hf://user/repo --steps 2" in card and "samples.png" in card
-        assert json.loads(Hub.files["config.json"])["model"] == "TiT-XXS/8"
+        assert json.loads(Hub.files["config.json"])["model"] == "TiT-XS/8"
         assert_refused(draw("b.png", "--ckpt", "hf://user/repo/other.safetensors"), "hf://user/repo/other")
         Hub.broken.add("model.safetensors")
         assert_refused(draw("b.png", "--ckpt", "hf://user/repo"), "hf://user/repo")
