@@ -159,7 +159,7 @@ def wrap(net, device, compiled, fsdp=False):
         torch.use_deterministic_algorithms(True, warn_only=not on_cpu)  # a GPU may lack one: go on then
         torch.utils.deterministic.fill_uninitialized_memory = False     # a help in debugging that costs time
     if compiled and not on_cpu:
-        for block in (*net.blocks, net.final_layer):
+        for block in [*net.blocks, *filter(None, [getattr(net, "final_layer", None)])]:  # not all have one
             block.compile()
     if rank_and_world()[1] > 1 and not fsdp and any(p.requires_grad for p in net.parameters()):
         model = DistributedDataParallel(net, broadcast_buffers=False)
