@@ -116,6 +116,17 @@ class EffNet:
         return {"pool": pool, "scores": self.net._fc(pool)}
 
 
+class TwoJudges:
+    """Features of our own and, as "EffNet", those of the judge of others: two scores of one drawing."""
+
+    def __init__(self, own):
+        self.own, self.other = own, EffNet()
+        self.hash = f"{own.hash}, EffNet {self.other.hash}"
+
+    def __call__(self, images):
+        return self.own(images) | {"EffNet": self.other(images)["pool"]}
+
+
 # ---- a small classifier ------------------------------------------------------------------------------
 
 class SmallNet(nn.Module):

@@ -12,7 +12,7 @@
     KID                 a cubic kernel's distance of the features (1801.01401)
     precision, recall   how many lie within the 3rd-neighbour balls of the other set (1904.06991)
     FD-NAME             as FID, with features of a small classifier trained here: NOT FID
-    FD-EffNet           as FID, with features of EfficientNet-Lite0 (--features EffNet): a judge of others
+    FD-EffNet           as FID, with features of EfficientNet-Lite0: a judge of others (--effnet)
 
 The last line is JSON. FD-NAME comes with its floor (real images against other real ones), the accuracy (share
 named as the class asked for) and the variety (variance within a class, over that of real images).
@@ -32,7 +32,8 @@ class Options(SamplerFlags):
     num: int = setting(10000, "images to draw; published FIDs take 50000", least=1)
     seed: int = setting(0, "the images are those of seeds seed * num ... (seed + 1) * num - 1", least=0)
     metrics: str = setting("fid,sfid,is", "of fid, sfid, is, kid, pr; the last two keep all features")
-    features: str = setting("", "inception, EffNet, or a name; empty: inception with --ref, else its own")
+    features: str = setting("", "inception, or a NAME; empty: inception with --ref, else its own")
+    effnet: bool = setting(False, "FD-EffNet beside FD-NAME")
     weights: str = setting("", "file of Inception weights; empty: from pytorch-fid's release")
     resize: str = setting("torch-fidelity", "rule for Inception's 299 pixels: torch-fidelity or pytorch-fid")
     data: str = setting("", "FD-NAME: the real images; empty: what the model was trained on")
@@ -66,7 +67,7 @@ from checkpoint import as_one_error
 from data import open_dataset, to_uint8
 from engine import (gather, init_distributed, leave_distributed, pick_device, print0, rank_and_world,
                     rank_batches, run)
-from features import EffNet, Inception, file_hash, shipped, small_features, train_features
+from features import Inception, TwoJudges, file_hash, shipped, small_features, train_features
 from images import check_unreadable, find_images, read_or_reason, read_rgb
 from sample import generate, open_model, save_arrays
 
@@ -313,8 +314,12 @@ def collect(batches, count, features, keep=False, what="images"):
 def compare(kind, metrics, fake, real, floor):
     """Name -> value."""
     if kind != "inception":
-        values = {f"FD-{kind}": frechet(fake.moments(), real.moments()),
-                  "floor": frechet(floor.moments(), real.moments())}
+        values, judges = {}, {f"FD-{kind}": "pool", "FD-EffNet": "EffNet"}
+        for score, name in judges.items():
+            if f"{name} total" in fake.sums:
+                mark = "" if name == "pool" else f"-{name}"
+                values[score] = frechet(fake.moments(name), real.moments(name))
+                values["floor" + mark] = frechet(floor.moments(name), real.moments(name))
         if "right" in fake.sums:
             values |= {"accuracy": fake.accuracy, "variety": fake.spread / real.spread,
                        "real_accuracy": real.accuracy}
@@ -378,8 +383,10 @@ def evaluate(options):
         open_stream = partial(open_dataset, source, size)
         folder = options.ckpt if Path(options.ckpt).is_dir() else Path.home() / ".cache" / "nanoucgm"
         data = open_stream(1000, model.config.labels, test=True)
-        labelled = kind != "EffNet" and bool(data.names)
-        features = EffNet() if kind == "EffNet" else small_features(kind, open_stream, folder)
+        labelled = bool(data.names)
+        features = small_features(kind, open_stream, folder)
+        if options.effnet:
+            features = TwoJudges(features)
         num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
         stream = partial(stream_images, data, num=num, batch_size=options.batch_size, labelled=labelled)
         real = collect(stream(0), num, features, what="real images")
@@ -390,9 +397,10 @@ def evaluate(options):
         fake = collect(drawn, num, features, keep, what="drawn images")
     else:
         fake = collect(stored_images(options.images, options.batch_size), None, features, keep)
-    n, mean, _ = fake.moments()
-    if n < len(mean):
-        print0(f"N = {n} is below the {len(mean):,} features: the score is far too high, raise --num")
+    n = fake.moments().n
+    width = max(len(rows) for name, rows in fake.sums.items() if name in ("pool total", "EffNet total"))
+    if n < width:
+        print0(f"N = {n} is below the {width:,} features: the score is far too high, raise --num")
     result = {name: round(value, 5) for name, value in compare(kind, metrics, fake, real, floor).items()}
     result |= {"N": n, "ref": source, "ref_hash": file_hash(source) if Path(source).is_file() else None,
                "ref_made": made, "features": f"{kind} {features.hash}", "uint8": "clamp(127.5 x + 128)",

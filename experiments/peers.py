@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import number_or_word, read_flags, setting
 from data import noise_like_seed, open_dataset, to_uint8
 from engine import autocast, pick_device, run
-from features import SmallFeatures
+from features import SmallFeatures, TwoJudges
 from fid import collect, compare, stream_images
 from model import TimeEmbed
 from objective import expand, predict, resolve
@@ -41,6 +41,7 @@ class Options:
     num: int = setting(4000, "images for each score")
     seed: int = setting(0, "of the images and of MeanFlow's training")
     batch_size: int = setting(500, "images at a time")
+    effnet: bool = setting(False, "FD-EffNet, too")
     nfe: str = setting("5,10,20,40,80", "network calls", "curves")
     kappas: str = setting("0,auto,0.2,0.5", "of UCGM-S")
     others: bool = setting(True, "also Heun and DPM-Solver++(2M)")
@@ -182,11 +183,13 @@ class Judge:
     def __init__(self, model, options):
         self.model, self.options, num = model, options, options.num
         source = options.data or model.config.data
-        self.kind = "shapes" if source == "shapes" else "mnist"
+        kind = source.partition(":")[0]
+        self.kind = kind if kind in ("shapes", "fashion") else "mnist"
         size = model.shape[-1] if self.kind == "shapes" else None
-        data = open_dataset(source, size, 1000)
+        data = open_dataset(source, size, 1000, test=True)
         self.num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
-        self.features = SmallFeatures(self.kind, data.shape)
+        own = SmallFeatures(self.kind, data.shape)
+        self.features = TwoJudges(own) if options.effnet else own
         self.real, self.floor = (self.statistics(stream_images(data, start, self.num, options.batch_size))
                                  for start in (0, self.num))
 

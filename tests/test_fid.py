@@ -246,7 +246,7 @@ def test_the_shipped_two_step_model():
 
 def test_the_judge_of_others(capsys):
     """Its scores are the package's own; torn shapes are further from real ones than other real ones are; and
-    the line has a floor, but no accuracy, since its classes are ImageNet's."""
+    the line has both judges' scores with their floors, of the same images."""
     package = pytest.importorskip("efficientnet_lite_pytorch")
     judge, x = features.EffNet(), to_uint8(Shapes(32, seed=5)[np.arange(300)][0])
     seen = F.interpolate(x[:4].float(), (96, 96), mode="bilinear", antialias=True)
@@ -258,8 +258,10 @@ def test_the_judge_of_others(capsys):
     torn = torch.where(torch.rand(100, 1, 32, 32) < 0.02, 255, x[200:])
     real, other, torn = (statistics(judge(part)["pool"]).moments() for part in (x[:100], x[100:200], torn))
     assert frechet(torn, real) > 1.5 * frechet(other, real)
-    result = evaluate(Options(ckpt=SHIPPED, num=20, steps=1, features="EffNet"))
-    assert result["floor"] < result["FD-EffNet"] and "accuracy" not in result
+    alone, result = (evaluate(Options(ckpt=SHIPPED, num=20, steps=1, effnet=more)) for more in (False, True))
+    assert result["floor-EffNet"] < result["FD-EffNet"] and judge.hash in result["features"]
+    assert all(result[name] == alone[name] for name in ("FD-shapes", "floor", "accuracy"))
+    assert "FD-EffNet" not in alone and "below the 1,280 features" in capsys.readouterr().out
 
 
 def test_few_images_are_said(capsys):
