@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The models and scores of "Two steps as good as forty" in RESULTS.md, but for its searches.
+# The models and scores of RESULTS.md on shapes, MNIST and Fashion-MNIST, without its searches.
 #
 #     bash experiments/evidence.sh 0 1 2
 #
@@ -87,5 +87,24 @@ for seed in "$@"; do
   peers meanflow mnist-meanflow --num 5000 --seconds 107 --data "$mnist"
   peers curves "curves-mnist-$seed" --num 2000 --nfe 20,40 --kappas 0,0.5,0.7 --no-others --data "$mnist"
   peers curves "curves-mnist-$seed" --num 2000 --nfe 80 --kappas 0 --no-others --data "$mnist"
+
+  # Fashion-MNIST, by two judges: forty calls, twenty, few, and peers as above
+  many=runs/fashion-$seed
+  python train.py --recipe fashion --seed "$seed" --out "$many"
+  fashion() {   # NAME RUN FLAGS
+    score "fashion$1" --ckpt "$2" --num 5000 --effnet --seed "$seed" "${@:3}"
+  }
+  tune_fashion() {   # NAME FLAGS
+    python train.py --recipe fashion-few --seed "$seed" --init_from "$many" \
+      --out "runs/fashion-$1-$seed" "${@:2}"
+  }
+  for steps in 20 40; do fashion "" "$many" --steps $steps; done
+  tune_fashion few
+  for steps in 1 2; do fashion -few "runs/fashion-few-$seed" --steps $steps; done
+  fashion -few "runs/fashion-few-$seed" --steps 4 --gap 0.001,0.5
+  tune_fashion ect --zeta 0 --style none --steps 900
+  for steps in 1 2; do fashion -ect "runs/fashion-ect-$seed" --steps $steps --rho 1 --gap 0.001,0.5; done
+  peers meanflow fashion-meanflow --num 5000 --seconds 340 --effnet
+  peers curves "curves-fashion-$seed" --num 2000 --nfe 8,20,40 --kappas 0,auto,0.5,0.7 --effnet
 done
 python experiments/report.py "$results"/*.jsonl

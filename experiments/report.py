@@ -23,7 +23,7 @@ class Options:
 
 
 def read(paths):
-    """The lines, with "data", "score" and "method" in each."""
+    """The lines, with "data", "score" and "method" in each; a line that two judges scored is two."""
     lines = []
     for path in paths:
         try:
@@ -31,9 +31,12 @@ def read(paths):
         except OSError as error:
             raise ValueError(f"no scores at {path} ({error.strerror}); expected lines of fid.py") from error
         for line in map(json.loads, texts):
-            name = next(key for key in line if key.startswith("FD-"))
+            own, *other = [key for key in line if key.startswith("FD-")]
             method = line.get("method") or re.sub(r"-\d+$", "", Path(line["ckpt"]).name)
-            lines.append({**line, "data": name[3:], "score": line[name], "method": method})
+            lines.append({**line, "data": own[3:], "score": line[own], "method": method})
+            if other:
+                lines.append({**lines[-1], "data": f"EffNet-{own[3:]}", "score": line["FD-EffNet"],
+                              "floor": line["floor-EffNet"]})
     return lines
 
 
@@ -56,14 +59,14 @@ def table(lines):
 
 
 def plot(lines, path):
-    """Score against NFE: a line a method, its range over the seeds shaded. Scores from 20 on are left out,
-    since they would flatten the rest."""
+    """Score against NFE: a line a method, its range over the seeds shaded. Scores from 12 floors on are left
+    out, since they would flatten the rest."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     cells = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        if line["score"] < 20:
+        if line["score"] < 12 * line["floor"]:
             cells[line["method"]][line["NFE"]].append(line["score"])
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for method, points in cells.items():
