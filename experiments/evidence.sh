@@ -100,8 +100,7 @@ for seed in "$@"; do
   }
   for steps in 20 40; do fashion "" "$many" --steps $steps; done
   tune_fashion few
-  for steps in 1 2; do fashion -few "runs/fashion-few-$seed" --steps $steps; done
-  fashion -few "runs/fashion-few-$seed" --steps 4 --gap 0.001,0.5
+  for steps in 1 2 4; do fashion -few "runs/fashion-few-$seed" --steps $steps; done
   tune_fashion ect --zeta 0 --style none --steps 900
   for steps in 1 2; do fashion -ect "runs/fashion-ect-$seed" --steps $steps --rho 1 --gap 0.001,0.5; done
   peers meanflow fashion-meanflow --num 5000 --seconds 340 --effnet
