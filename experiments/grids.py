@@ -1,6 +1,6 @@
 """What few and many network calls give: the same seeds and classes in every block, with a label.
 
-    python experiments/grids.py --few runs/shapes32-few --many runs/shapes32 --out assets/steps.png
+    python experiments/grids.py --few runs/shapes32-few --many runs/shapes32 --out steps.png
     python experiments/grids.py --few runs/shapes32-few --many runs/shapes32 --columns 12 --rows 1 --across 1
 """
 import sys
@@ -17,7 +17,6 @@ from engine import pick_device, run
 from sample import generate, open_model
 
 GAP, TITLE = 24, 24             # pixels between two blocks, and above each of them
-FOUR = dict(rho=1.0, gap=(0.001, 0.3))      # of four calls, which go nearer to the data than two
 
 
 @dataclass
@@ -38,8 +37,7 @@ def main(options):
     one, few, many = options.one or options.few, options.few, options.many
     for path, steps in ((one, 1), (few, 2), (few, 4), (many, 40)):
         model = open_model(path, pick_device("cpu"))
-        more = FOUR if steps == 4 else {}
-        x = torch.cat([x for _, x, _ in generate(model, seeds, 256, steps=steps, **more)])
+        x = torch.cat([x for _, x, _ in generate(model, seeds, 256, steps=steps)])
         calls = model.nfe(steps=steps)
         blocks.append((f"{calls} network call{'s' * (calls > 1)}", image_grid(x, options.columns)))
     width, height = blocks[0][1].size
