@@ -102,8 +102,8 @@ for seed in "$@"; do
   tune_fashion few
   for steps in 1 2 4; do fashion -few "runs/fashion-few-$seed" --steps $steps; done
   tune_fashion ect --zeta 0 --style none --steps 900
-  for steps in 1 2; do fashion -ect "runs/fashion-ect-$seed" --steps $steps --rho 1 --gap 0.001,0.5; done
+  for steps in 1 2; do fashion -ect "runs/fashion-ect-$seed" --steps $steps; done
   peers meanflow fashion-meanflow --num 5000 --seconds 340 --effnet
-  peers curves "curves-fashion-$seed" --num 2000 --nfe 8,20,40 --kappas 0,auto,0.5,0.7 --effnet
+  peers curves "curves-fashion-$seed" --num 2000 --nfe 20 --kappas 0,auto,0.7 --effnet
 done
 python experiments/report.py "$results"/*.jsonl
