@@ -314,12 +314,11 @@ def collect(batches, count, features, keep=False, what="images"):
 def compare(kind, metrics, fake, real, floor):
     """Name -> value."""
     if kind != "inception":
-        values, judges = {}, {f"FD-{kind}": "pool", "FD-EffNet": "EffNet"}
-        for score, name in judges.items():
+        judges, values = [("pool", f"FD-{kind}", "floor"), ("EffNet", "FD-EffNet", "floor-EffNet")], {}
+        for name, score, lowest in judges:
             if f"{name} total" in fake.sums:
-                mark = "" if name == "pool" else f"-{name}"
                 values[score] = frechet(fake.moments(name), real.moments(name))
-                values["floor" + mark] = frechet(floor.moments(name), real.moments(name))
+                values[lowest] = frechet(floor.moments(name), real.moments(name))
         if "right" in fake.sums:
             values |= {"accuracy": fake.accuracy, "variety": fake.spread / real.spread,
                        "real_accuracy": real.accuracy}
