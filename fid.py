@@ -346,9 +346,10 @@ def pick_features(options, model):
     name, _, path = (options.data or (model.config.data if model else "")).partition(":")
     if not options.ref and (options.images or options.features == "inception" or name == "latents"):
         raise ValueError("compare with what? give --ref, such as in1k256_fid_ref.npz or folder:real")
-    if options.features or options.ref:
-        return options.features or "inception"
-    return Path(path).stem or name
+    kind = options.features or ("inception" if options.ref else Path(path).stem or name)
+    if options.effnet and kind == "inception":
+        raise ValueError("effnet is beside FD-NAME, not FID: leave --ref out, or --effnet")
+    return kind
 
 
 def inception_reference(options, features, keep):

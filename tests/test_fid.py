@@ -291,7 +291,8 @@ def test_an_npz_is_read_as_it_goes(tmp_path, monkeypatch, rank):
     (dict(ref="narrow.npz"), "width 48 .* width 7"), (dict(ref="odd.npz"), "not a finite mean"),
     (dict(ref="pickled.npz"), "plain arrays"), (dict(ref="edm2.pkl"), "pickles"), (dict(ref=""), "--ref"),
     (dict(images=""), "which images"), (dict(ckpt=SHIPPED), "which images"),
-    (dict(features="shapes"), "--ckpt"), (dict(metrics="fid,lpips"), "lpips")])
+    (dict(features="shapes"), "--ckpt"), (dict(effnet=True), "leave --ref out"),
+    (dict(metrics="fid,lpips"), "lpips")])
 def test_bad_input_is_one_clear_error(tmp_path, stand_in, monkeypatch, more, words):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "good", images_of(32, 1, 6))
