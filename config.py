@@ -46,6 +46,7 @@ class Config:
     threads: int = setting(0, "of each process on a CPU; 0: one a core", least=0)
     dtype: str = setting("auto", "bfloat16 or float32; auto: bfloat16 where it is faster")
     compile: bool | None = setting(None, "default: on a GPU, and on a CPU with a C++ compiler")
+    graph: bool = setting(False, "on one GPU, for small networks: both passes as one CUDA graph")
     fsdp: bool = setting(False, "FSDP2, for networks that do not fit one GPU")
     grad_checkpoint: bool = setting(False, "less memory, a third more time")
 
@@ -129,8 +130,8 @@ WORDS = {"optimizer": ("adamw", "radam", "muon"), "dtype": ("auto", "bfloat16", 
          "report_to": ("", "tensorboard", "wandb")}
 
 # What may differ between a run and its continuation: where and how fast it runs, and what it tells.
-FREE = set("""out steps device compile threads micro_batch fsdp grad_checkpoint fresh allow_change log_every
-           save_every report_to about""".split())
+FREE = set("""out steps device compile graph threads micro_batch fsdp grad_checkpoint fresh allow_change
+           log_every save_every report_to about""".split())
 
 
 def differences(before, after):

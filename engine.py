@@ -169,6 +169,52 @@ def wrap(net, device, compiled, fsdp=False):
     return model
 
 
+class Graphed:
+    """call(*tensors) -> a tensor, as one CUDA graph: recorded once, then replayed by one launch in place of
+    hundreds, for which a small network waits longer than for its arithmetic. Inputs of another shape go to
+    `call` itself. A replay leaves in the gradients of `weights` what the recorded call left there.
+
+    A replay reads and writes the memory of the recording and knows no Python: `call` may neither look at a
+    number nor change a setting. ValueError without a GPU.
+    """
+
+    def __init__(self, call, device, weights=()):
+        if device.type != "cuda":
+            raise ValueError(f"a CUDA graph needs a GPU, found {device}: leave out --graph")
+        self.call, self.weights, self.graph = call, [w for w in weights if w.requires_grad], None
+
+    def record(self, inputs):
+        self.inputs = [value.clone() for value in inputs]
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):          # to compile and to choose kernels is no part of the recording
+            for _ in range(3):
+                self.call(*self.inputs)
+                self.set_gradients([None] * len(self.weights))
+        here.wait_stream(aside)
+        torch.clear_autocast_cache()            # the casts of the weights are a part of it, and end with it
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):    # other threads read batches
+            self.output = self.call(*self.inputs)
+        torch.clear_autocast_cache()
+        self.graph, self.gradients = graph, [weight.grad for weight in self.weights]
+
+    def set_gradients(self, gradients):
+        for weight, gradient in zip(self.weights, gradients):
+            weight.grad = gradient
+
+    def __call__(self, *inputs):
+        if self.graph is None:
+            self.record(inputs)
+        if [value.shape for value in inputs] != [value.shape for value in self.inputs]:
+            return self.call(*inputs)
+        for mine, value in zip(self.inputs, inputs):
+            mine.copy_(value)
+        self.graph.replay()
+        self.set_gradients(self.gradients)
+        return self.output.clone()
+
+
 def gradient_sync(net, model, on):
     """A context: does this backward pass send its gradients to the other processes? Once a step is enough."""
     if hasattr(net, "set_requires_gradient_sync"):              # FSDP2
@@ -190,10 +236,10 @@ def clip_gradient(net, largest):
 
 def optimizer_step(optimizer, finite):
     """One step, or none where the gradient is not finite (a bool tensor on the device)."""
-    if type(optimizer) is torch.optim.AdamW:    # fused: its kernel looks at found_inf, the host does not wait
+    if isinstance(optimizer, torch.optim.AdamW):    # and Muon: they look at found_inf, the host does not wait
         optimizer.found_inf = (~finite).float()
         optimizer.step()
-    elif finite:                                    # RAdam and Muon: the host waits for one number
+    elif finite:                                    # RAdam: the host waits for one number
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

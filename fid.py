@@ -42,6 +42,7 @@ class Options(SamplerFlags):
     batch_size: int = setting(100, "images at a time", least=1)
     device: str = setting("auto", "cuda, mps or cpu")
     dtype: str = setting("auto", "of the sampler's network: bfloat16 or float32")
+    graph: bool = setting(False, "on a GPU, for a small network: as one CUDA graph")
 
 
 if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
@@ -371,7 +372,9 @@ def evaluate(options):
     device, metrics, num = pick_device(options.device), options.metrics.split(","), options.num
     if wrong := set(metrics) - {"fid", "sfid", "is", "kid", "pr"}:
         raise ValueError(f"unknown metrics {', '.join(sorted(wrong))}; use some of fid,sfid,is,kid,pr")
-    model = open_model(options.ckpt, device, options.dtype) if options.ckpt else None
+    model = None
+    if options.ckpt:
+        model = open_model(options.ckpt, device, options.dtype, graph=options.graph)
     kind, keep, labelled = pick_features(options, model), "kid" in metrics or "pr" in metrics, False
     floor = made = None
     source = options.ref or options.data or model.config.data

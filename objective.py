@@ -21,6 +21,7 @@ Mind the letters: **alpha multiplies the noise, gamma the data**. Most flow pape
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -93,12 +94,12 @@ edm_gamma_hat = lambda t: 2 * edm_alpha(t)
 def discrete_path(log_abar):
     """alpha, gamma of a schedule of N steps, as DDPM counts them: log(alpha_bar) (N,), float64, all below 0.
     Step k, which the network knows as k - 1, is at t = k / N. Between steps the logarithm is interpolated."""
-    table = F.pad(log_abar, (1, 0))
+    table = cache(F.pad(log_abar, (1, 0)).to)           # copied to a device once: the host waits for a copy
 
     def log_abar_at(t):
-        k = ((len(table) - 1) * t).clamp(0, len(table) - 1)
-        i = k.detach().long().clamp(max=len(table) - 2)
-        values = table.to(t.device, t.dtype)
+        values, last = table(t.device, t.dtype), len(log_abar)
+        k = (last * t).clamp(0, last)
+        i = k.detach().long().clamp(max=last - 1)
         return values[i] + (k - i) * (values[i + 1] - values[i])
     return lambda t: torch.sqrt(-torch.expm1(log_abar_at(t))), lambda t: torch.exp(log_abar_at(t) / 2)
 
@@ -193,7 +194,7 @@ class Objective:
         """t (B,), z like x, drop (B,) bool, on x's device. A generator draws on its own device."""
         source = dict(generator=generator, device=generator.device if generator else x.device)
         *thetas, scale = self.time_beta
-        thetas = torch.tensor(thetas, device=source["device"])[:, None].repeat(1, len(x))    # (2, B)
+        thetas = torch.stack([torch.full((len(x),), theta, device=source["device"]) for theta in thetas])
         # A Beta from two Gammas, as torch.distributions.Beta draws it: that one takes no generator.
         a, b = torch._standard_gamma(thetas, generator=generator)
         t = (scale * a / (a + b)).clamp(0, 1)

@@ -30,6 +30,7 @@ class Options(SamplerFlags):
     batch_size: int = setting(256, "images at a time", least=1)
     device: str = setting("auto", "cuda, mps or cpu")
     dtype: str = setting("auto", "bfloat16 or float32")
+    graph: bool = setting(False, "on a GPU, for many batches of a small network: as one CUDA graph")
 
 
 if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
@@ -51,8 +52,8 @@ from tqdm import tqdm
 
 from checkpoint import as_one_error, atomic_write, load_model, push
 from data import class_number, image_grid, noise_like_seed, to_uint8
-from engine import (autocast, from_rank0, init_distributed, leave_distributed, pick_device, pick_dtype,
-                    print0, rank_and_world, rank_batches, run)
+from engine import (Graphed, autocast, from_rank0, init_distributed, leave_distributed, pick_device,
+                    pick_dtype, print0, rank_and_world, rank_batches, run)
 from latents import Autoencoder
 from sampler import count_nfe, sample, time_grid
 
@@ -85,9 +86,11 @@ class Model(NamedTuple):
         return (self.decode(x) if self.decode else x).cpu()
 
 
-def open_model(path, device, dtype="auto", recipe="", vae=""):
-    """A Model from what --ckpt may name. ValueError says what is wrong with it."""
+def open_model(path, device, dtype="auto", recipe="", vae="", graph=False):
+    """A Model from what --ckpt may name; graph: its network as a CUDA graph. ValueError: what is wrong."""
     net, config, names = load_model(path, device, recipe)
+    if graph:
+        net.forward = Graphed(net.forward, device)
     vae, decode = vae or config.vae, None
     if vae:
         decode = Autoencoder(vae, config.latent_mean, config.latent_std).to(device).decode
@@ -234,7 +237,7 @@ def main(options):
     init_distributed()
     path = options.ckpt or newest_model(options.recipe)
     open_path = lambda path: open_model(path, pick_device(options.device), options.dtype, options.recipe,
-                                        options.vae)
+                                        options.vae, options.graph)
     model = open_path(path)
     if options.classes and not model.names:
         raise ValueError(f"{path} was trained without classes: leave --classes out")

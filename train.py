@@ -31,9 +31,9 @@ from tqdm import tqdm
 from checkpoint import (atomic_write, build, ignore_disk_errors, load_model, newest_state, read_state,
                         restore_state, save_state, set_aside, state_tensors)
 from data import key, open_dataset, select_labels
-from engine import (Signals, Skipped, autocast, can_compile, clip_gradient, from_rank0, gradient_sync,
-                    init_distributed, leave_distributed, not_finite_to_nan, optimizer_step, pick_device,
-                    pick_dtype, print0, rank_and_world, run, wrap)
+from engine import (Graphed, Signals, Skipped, autocast, can_compile, clip_gradient, from_rank0,
+                    gradient_sync, init_distributed, leave_distributed, not_finite_to_nan, optimizer_step,
+                    pick_device, pick_dtype, print0, rank_and_world, run, wrap)
 from latents import decoder, open_latents
 from log import Log, LossByTime, draw_curves, preview, utilisation
 from objective import resolve
@@ -57,7 +57,10 @@ def split_batch(config, world):
         raise ValueError(f"batch_size {config.batch_size} is no multiple of {BLOCK} a process: use {near}")
     if largest < BLOCK:
         raise ValueError(f"micro_batch {largest} is smaller than a block: use at least {BLOCK}")
-    return next(n for n in range(1, share + 1) if share % n == 0 and share // n * BLOCK <= largest)
+    accumulate = next(n for n in range(1, share + 1) if share % n == 0 and share // n * BLOCK <= largest)
+    if config.graph and (config.fsdp or world * accumulate > 1):
+        raise ValueError("a CUDA graph holds the whole step of one process: leave out --graph")
+    return accumulate
 
 
 def blocks_of(config, accumulate, turn):
@@ -113,18 +116,20 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, net, dtype, *settings, **more):
         super().__init__([p for p in net.parameters() if p.requires_grad], *settings, **more)
-        self.dtype = dtype
+        self.dtype, self.found_inf = dtype, torch.zeros(())
         self.matrices = [p for name, p in net.named_parameters()
                          if p.ndim == 2 and name.startswith("blocks.") and "adaLN" not in name]
 
     @torch.no_grad()
     def step(self):
         lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
+        keep = 1 - self.found_inf               # 0: nothing changes, as AdamW's kernel has it
         for weight in self.matrices:
             momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-            momentum.lerp_(weight.grad, 0.05)
-            change = orthogonal(weight.grad.lerp(momentum, 0.95), self.dtype)       # Nesterov's momentum
-            weight.mul_(1 - lr * decay).add_(change, alpha=-0.2 * lr * max(weight.shape) ** 0.5)
+            gradient = torch.where(keep > 0, weight.grad, momentum)
+            momentum.lerp_(gradient, 0.05)
+            change = orthogonal(gradient.lerp(momentum, 0.95), self.dtype) * keep   # Nesterov's momentum
+            weight.mul_(1 - lr * decay * keep).add_(change, alpha=-0.2 * lr * max(weight.shape) ** 0.5)
             weight.grad = None                  # AdamW leaves out what has no gradient
         super().step()
 
@@ -348,6 +353,14 @@ def main(config):                                                               
     compiled = can_compile(device) if config.compile is None else config.compile
     model = wrap(net, device, compiled, config.fsdp)
     model_teacher = wrap(teacher, device, compiled, config.fsdp) if teacher else None
+
+    def loss_and_gradient(*batch):
+        with autocast(device, dtype):
+            loss = objective(model, *batch, model_teacher)                              # (B,)
+        (not_finite_to_nan(loss) / accumulate).backward()
+        return loss.detach()
+    if config.graph:
+        loss_and_gradient = Graphed(loss_and_gradient, device, net.parameters())
     batches = open_batches(data, config, accumulate, first, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device)
 
@@ -386,11 +399,9 @@ def main(config):                                                               
                 blocks = blocks_of(config, accumulate, turn)
                 t, z, drop = draw(objective, x, y, config.seed, step, blocks, generator)
                 with gradient_sync(net, model, on=turn == accumulate - 1):
-                    with autocast(device, dtype):
-                        loss = objective(model, x, y, t, z, drop, model_teacher)        # (B,)
-                    (not_finite_to_nan(loss) / accumulate).backward()
-                losses.add(loss.detach(), t)
-                skipped.look(loss.detach(), t)
+                    loss = loss_and_gradient(x, y, t, z, drop)
+                losses.add(loss, t)
+                skipped.look(loss, t)
             norm = clip_gradient(net, config.grad_clip)         # of all processes, so all skip or none
             skipped.add(norm.isfinite())
             optimizer_step(optimizer, norm.isfinite())

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import build
 from config import Config, read_flags, setting
 from data import Shapes
-from engine import autocast, clip_gradient, optimizer_step, pick_device, pick_dtype, run, wrap
+from engine import Graphed, autocast, clip_gradient, optimizer_step, pick_device, pick_dtype, run, wrap
 from log import flops_per_image, forwards, peak_memory
 from model import DiT
 from sampler import count_nfe, sample, time_grid
@@ -44,7 +44,7 @@ class Options:
     x_pred: bool = setting(True, "as the default recipe has it; --no-x_pred for models of latents")
     batches: str = setting("64", "images in a batch, several with commas")
     dtypes: str = setting("auto", "bfloat16, float32 or both, with commas")
-    compiles: str = setting("yes,no", "yes: as train.py does; no; graphs: whole, by CUDA graphs")
+    compiles: str = setting("yes,no", "yes: as train.py does; no; graphs: yes, as CUDA graphs")
     modes: str = setting("train,tune,sample", "what to time")
     only: str = setting("", "the rows whose name has this, such as fc-vs-fe")
     seconds: float = setting(3.0, "of measuring, for each row")
@@ -117,12 +117,14 @@ def make_batch(net, batch, device):
 
 
 def compiled_net(net, device, how):
-    """how: yes, as train.py does (a peer whole), no, or graphs, which want one shape: not in train.py."""
-    if how == "no" or how == "yes" and hasattr(net, "blocks"):
-        return wrap(net, device, how == "yes")
-    model = torch.compile(net, mode="reduce-overhead" if how == "graphs" else None)
+    """As train.py does; a peer whole."""
+    model = wrap(net, device, how != "no") if hasattr(net, "blocks") or how == "no" else torch.compile(net)
     model.num_classes = net.num_classes
     return model
+
+
+def graphed(call, device, how, weights=()):
+    return Graphed(call, device, weights) if how == "graphs" else call
 
 
 def train_step(config, net, batch, device, dtype, compiled):
@@ -133,11 +135,15 @@ def train_step(config, net, batch, device, dtype, compiled):
     x, y = make_batch(net, batch, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
 
-    def step():
-        t, z, drop = objective.draw(x, y, generator)
+    def loss_and_gradient(*batch):
         with autocast(device, dtype):
-            loss = objective(model, x, y, t, z, drop, model_teacher)
+            loss = objective(model, *batch, model_teacher)
         loss.mean().backward()
+        return loss.detach()
+    loss_and_gradient = graphed(loss_and_gradient, device, compiled, net.parameters())
+
+    def step():
+        loss_and_gradient(x, y, *objective.draw(x, y, generator))
         norm = clip_gradient(net, config.grad_clip)
         optimizer_step(optimizer, norm.isfinite())
         average(ema, net, 0.999, 100)
@@ -149,6 +155,8 @@ def train_step(config, net, batch, device, dtype, compiled):
 def sample_call(steps, cfg_scale, net, batch, device, dtype, compiled):
     """A call of the sampler."""
     model, (z, y) = compiled_net(net.eval(), device, compiled), make_batch(net, batch, device)
+    model = graphed(model, device, compiled)
+    model.num_classes = net.num_classes
 
     def call():
         with autocast(device, dtype):
@@ -159,7 +167,7 @@ def sample_call(steps, cfg_scale, net, batch, device, dtype, compiled):
 def bare_passes(net, batch, device, dtype, compiled):
     """What two steps of sampling cost at least."""
     model, (z, y) = compiled_net(net.eval(), device, compiled), make_batch(net, batch, device)
-    t = torch.full((batch,), 0.5, device=device)
+    model, t = graphed(model, device, compiled), torch.full((batch,), 0.5, device=device)
 
     @torch.no_grad()
     def call():

@@ -7,9 +7,12 @@ from toys import ROOT, on_gpu
 from torch.testing import assert_close
 
 import objective
+from config import Config
+from engine import clip_gradient, not_finite_to_nan, optimizer_step
 from objective import Objective
-from sample import open_model
+from sample import generate, open_model
 from sampler import sample
+from train import average, make_optimizer
 
 pytestmark = on_gpu
 DEFAULT = "--device cuda --dtype bfloat16 --compile".split()
@@ -61,7 +64,8 @@ def test_one_step_of_each_loss(settings):
         assert (gradient("cuda", dtype) - expected).norm() < off * expected.norm()
 
 
-@pytest.mark.parametrize("name, more", [("many-step", DEFAULT),
+@pytest.mark.parametrize("name, more", [("many-step", DEFAULT), ("muon", [*DEFAULT, "--graph"]),
+                                        ("tuning", ["--device", "cuda", "--graph"]),
                                         *((name, ["--device", "cuda"]) for name in RUNS)])
 def test_the_same_command_and_a_resumed_run_give_the_same_bytes(capsys, name, more):
     """Weights, averages, teacher, optimiser: after 20 steps twice, and after 10 and 10 more."""
@@ -74,6 +78,39 @@ def test_the_same_command_and_a_resumed_run_give_the_same_bytes(capsys, name, mo
     assert_same("one", "halves")
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_a_cuda_graph_trains_the_same_model(capsys, name):
+    flags = [*RUNS[name], "--device", "cuda", "--steps", 10]
+    if "start" in flags:
+        train("--steps", 3, "--out", "start", capsys=capsys)
+    train(*flags, "--out", "plain", capsys=capsys)
+    train(*flags, "--out", "graph", "--graph", capsys=capsys)
+    assert distance("plain", "graph") <= 1e-6
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_and_the_sampler_never_wait(optimizer):
+    """torch itself looks for waits. Its first step makes the optimiser's state, and may."""
+    net, teacher, ema = (TIT_NANO(input_size=8, in_channels=3, num_classes=3).cuda() for _ in range(3))
+    objective = Objective(lam=1.0, zeta=1.5, style="fc-vs-fe")
+    optimizer = make_optimizer(Config(optimizer=optimizer), net, torch.bfloat16)
+    x, y = torch.randn(16, 3, 8, 8, device="cuda"), torch.arange(16, device="cuda") % 3
+    generator = torch.Generator("cuda")
+
+    def step():
+        loss = objective(net, x, y, *objective.draw(x, y, generator), teacher)
+        not_finite_to_nan(loss).backward()
+        optimizer_step(optimizer, clip_gradient(net, 1.0).isfinite())
+        average(ema, net, 0.99, 1)
+        return sample(net, x, y, steps=3)
+    step()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_fsdp_over_nccl_trains_the_same_model(capsys):
     flags = ["--steps", 10, "--device", "cuda", *TEACH]
     train(*flags, "--out", "plain", capsys=capsys)
@@ -84,10 +121,11 @@ def test_fsdp_over_nccl_trains_the_same_model(capsys):
 
 
 def test_the_sampler_in_bfloat16():
-    """Two steps of the model that ships: in float32 the CPU's images, in bfloat16 nearly."""
-    images = {}
+    """Two steps of the model that ships: in float32 the CPU's images, in bfloat16 nearly. A CUDA graph draws
+    the same, a batch of another size, too."""
+    path, images = ROOT / "assets/shapes-few.safetensors", {}
     for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
-        model = open_model(ROOT / "assets/shapes-few.safetensors", torch.device(device), dtype)
+        model = open_model(path, torch.device(device), dtype)
         z = torch.randn(16, *model.shape, generator=torch.Generator().manual_seed(0)).to(device)
         y = torch.arange(16, device=device) % 8
         with torch.autocast(device, model.dtype, enabled=dtype != "float32"):
@@ -95,3 +133,8 @@ def test_the_sampler_in_bfloat16():
     exact = images["cpu", "float32"]
     assert (images["cuda", "float32"] - exact).norm() < 1e-3 * exact.norm()
     assert (images["cuda", "bfloat16"] - exact).norm() < 0.05 * exact.norm()
+    drawn = []
+    for graph in (False, True):
+        model = open_model(path, torch.device("cuda"), graph=graph)
+        drawn.append(torch.cat([x for _, x, _ in generate(model, range(20), batch_size=8)]))
+    assert (drawn[1] - drawn[0]).norm() < 1e-3 * drawn[0].norm()

@@ -1,0 +1,169 @@
+"""How a step is launched: without waiting for the device, and recorded once to be replayed as a CUDA graph.
+
+A CPU has no graphs. A tape stands in for one, with the same rules: it keeps every operation with its memory
+and its numbers as they were, a replay runs them again in that memory, and to look at a number is an error.
+"""
+import contextlib
+import copy
+
+import pytest
+import torch
+from runs import TIT_NANO
+from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import engine
+from config import Config
+from engine import Graphed, clip_gradient, not_finite_to_nan, optimizer_step
+from log import LossByTime
+from objective import TRANSPORTS, Objective
+from sampler import sample
+from train import average, make_optimizer
+
+GPU = torch.device("cuda")
+LOOKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
+
+
+class Tape(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), more=None):
+        if operation._schema.name in LOOKS:
+            raise RuntimeError(f"{operation} while a graph is recorded")
+        made = operation(*arguments, **(more or {}))
+        self.rows.append((operation, arguments, more or {}, made))
+        return made
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, arguments, more, made in self.rows:
+            again = operation(*arguments, **more)
+            for old, new in zip(tree_leaves(made), tree_leaves(again)):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.detach().copy_(new)
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    """torch.cuda with tapes for graphs; the list of those that were recorded."""
+    tapes = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def record(tape, capture_error_mode):
+        tapes.append(tape)
+        with tape:
+            yield
+    fakes = dict(CUDAGraph=Tape, graph=record, Stream=Stream, current_stream=Stream,
+                 stream=lambda stream: contextlib.nullcontext())
+    for name, fake in fakes.items():
+        monkeypatch.setattr(engine.torch.cuda, name, fake)
+    return tapes
+
+
+def networks(count):
+    nets = [TIT_NANO(input_size=8, in_channels=3, num_classes=3) for _ in range(count)]
+    for p in (p for net in nets for p in net.parameters()):
+        torch.nn.init.normal_(p, std=0.1)
+    return nets
+
+
+def batches(objective, count):
+    for step in range(count):
+        x, y = torch.randn(16, 3, 8, 8), (torch.arange(16) + step) % 3
+        yield x, y, *objective.draw(x, y, torch.Generator().manual_seed(step))
+
+
+FEW = dict(lam=1.0, zeta=1.0, style="fc-vs-fe")
+SETTINGS = [dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), FEW,
+            FEW | dict(style="fc-vs-xz", derivative="backward", huber=1.0, cosine_loss=True),
+            FEW | dict(derivative="jvp"), *(dict(transport=name) for name in TRANSPORTS)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_replayed_step_is_the_step(tape, settings):
+    """The same losses and weights, bit for bit, while data, noise, times and weights change."""
+    objective, (net, teacher) = Objective(**settings), networks(2)
+    steps, ends = list(batches(objective, 5)), []
+    for graph in (False, True):
+        ours = copy.deepcopy(net)
+        optimizer, losses = make_optimizer(Config(optimizer="muon"), ours, torch.float32), []
+
+        def loss_and_gradient(*batch, ours=ours):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = objective(ours, *batch, teacher)
+            not_finite_to_nan(loss).backward()
+            return loss.detach()
+        step = Graphed(loss_and_gradient, GPU, ours.parameters()) if graph else loss_and_gradient
+        for batch in steps:
+            losses.append(step(*batch))
+            optimizer_step(optimizer, clip_gradient(ours, 1.0).isfinite())
+        ends.append([*losses, *ours.parameters()])
+    assert len(tape) == 1 and len(tape[0].rows) > 100
+    assert not torch.equal(ends[0][0], ends[0][1])
+    assert_close(*ends, rtol=0, atol=0)
+
+
+def test_a_replayed_network_draws_the_same_images_and_other_shapes_go_past_it(tape):
+    """One recording serves every step of every batch but the last, which is smaller."""
+    net, = networks(1)
+    recorded = Graphed(net, GPU)
+    recorded.num_classes = net.num_classes
+    for images in (6, 6, 4):
+        z, y = torch.randn(images, 3, 8, 8), torch.arange(images) % 3
+        found, expected = (sample(f, z, y, steps=5, kappa="auto") for f in (recorded, net))
+        assert_close(found, expected, rtol=0, atol=0)
+    assert len(tape) == 1
+
+
+def test_what_looks_at_a_number_cannot_be_recorded(tape):
+    with pytest.raises(RuntimeError, match="while a graph is recorded"):
+        Graphed(lambda x: x if x.sum() > 0 else -x, GPU)(torch.ones(3))
+    with pytest.raises(ValueError, match="--graph"):
+        Graphed(torch.sin, torch.device("cpu"))
+
+
+class Waits(TorchFunctionMode):
+    """Collects the calls for which the host waits on a GPU: those that read a number or send one."""
+    READ = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "nonzero", "cpu",
+            "tensor", "as_tensor"}
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_function__(self, function, types, arguments=(), more=None):
+        self.found.add(getattr(function, "__name__", ""))
+        return function(*arguments, **(more or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_step_of_training_never_waits(settings, optimizer):
+    objective, (net, teacher, ema) = Objective(**settings), networks(3)
+    optimizer = make_optimizer(Config(optimizer=optimizer), net, torch.float32)
+    losses, skipped = LossByTime(objective, torch.device("cpu")), engine.Skipped("cpu")
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
+
+    def step():
+        t, z, drop = objective.draw(x, y, generator)
+        loss = objective(net, x, y, t, z, drop, teacher)
+        not_finite_to_nan(loss).backward()
+        losses.add(loss.detach(), t)
+        skipped.look(loss.detach(), t)
+        norm = clip_gradient(net, 1.0)
+        skipped.add(norm.isfinite())
+        optimizer_step(optimizer, norm.isfinite())
+        average(ema, net, 0.99, 1)
+    step()                                      # the first one makes the optimiser's state
+    with Waits() as waits:
+        step()
+    assert len(waits.found) > 20 and not waits.found & Waits.READ
