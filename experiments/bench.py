@@ -48,6 +48,7 @@ class Options:
     modes: str = setting("train,tune,sample", "what to time")
     only: str = setting("", "the rows whose name has this, such as fc-vs-fe")
     seconds: float = setting(3.0, "of measuring, for each row")
+    kernels: int = setting(0, "below each row its slowest kernels, as many as this", least=0)
     baseline: bool = setting(False, "also timm's blocks (pip install timm) and diffusers' DiT")
     device: str = setting("auto", "cuda, mps or cpu")
 
@@ -94,18 +95,22 @@ def product_rate(device, dtype):
     return 2 * n**3 / min(once(lambda: a @ b, device) for _ in range(20))
 
 
-def parts(call, device):
-    """The shares of the time of a call in products, attention, pointwise and optimiser, in percent."""
+def parts(call, device, kernels):
+    """The shares of the time of a call in products, attention, pointwise and optimiser, in percent, and a
+    line for each of the slowest kernels: ms, how often, name."""
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
         once(call, device)
     times = dict.fromkeys(("products", "attention", "pointwise", "optimiser"), 0.0)
-    for event in profile.key_averages():
+    spent = lambda event: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    events = sorted(profile.key_averages(), key=spent, reverse=True)
+    for event in events:
         fits = (part for part, words in PARTS.items() if re.search(words, event.key, re.IGNORECASE))
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        times[next(fits, "pointwise")] += spent
-    return ", ".join(f"{100 * spent / max(1, sum(times.values())):.0f}" for spent in times.values()) + " %"
+        times[next(fits, "pointwise")] += spent(event)
+    shares = ", ".join(f"{100 * time / max(1, sum(times.values())):.0f}" for time in times.values())
+    lines = [f"{spent(event) / 1e3:9.2f} ms {event.count:5} x {event.key}" for event in events[:kernels]]
+    return shares + " %", lines
 
 
 # ---- what is timed: (call, forward passes an image) ---------------------------------------------------
@@ -276,11 +281,13 @@ def main(options):
                     torch.cuda.reset_peak_memory_stats()
                 seconds, first = timed(call, device, options.seconds)
                 speed = batch * units * flops / seconds
+                shares, slowest = parts(call, device, options.kernels)
                 print_row((peer + what, batch, str(dtype)[6:], word, f"{seconds * 1e3:.1f}",
                            f"{batch / seconds:.0f}", f"{speed / 1e12:.3g}", f"{speed / rates[dtype]:.1%}",
                            f"{first:.1f}", f"{peak_memory(device):.2f}",
                            PUBLISHED.get(what, "") if options.model == "TiT-XL/1" else "",
-                           parts(call, device)))
+                           shares))
+                print("\n".join(slowest) + "\n" * bool(slowest), end="")
     if device.type == "cpu":
         data = Shapes(options.size)
         seconds, _ = timed(lambda: data[range(64)], device, min(options.seconds, 1))

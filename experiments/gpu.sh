@@ -19,21 +19,22 @@ part() {    # SECONDS NAME COMMAND...: its output, its status and how long it to
   echo "status $?, $((SECONDS - begun)) s of $1" >> "$out/$2.txt"
 }
 bench() { part "$1" "$2" python experiments/bench.py --device "$device" --compiles "$3" "${@:4}"; }
-train() { part 32 "$1" python train.py --device "$device" --fresh --out "$out/$1" --steps $steps; }
+train() { part 28 "$1" python train.py --device "$device" --fresh --out "$out/$1" --steps $steps "${@:2}"; }
 
 # XL, for the published code's figures: lam 0 to 55 % of the products, fc-vs-fe to 260 images a second
-bench 75 xl-train yes $xl --modes train
+bench 75 xl-train yes $xl --modes train --kernels 20
 bench 45 xl-tune yes $xl --modes tune --only fc-vs-fe
 bench 30 xl-sample yes $xl --modes sample --only "2 "
 CUBLAS_WORKSPACE_CONFIG='' bench 25 xl-any-order yes $xl --modes train --only ft-vs-fe
-# the default recipe's network: launches, the price of exactness, CUDA graphs (worth it from 1.5 times on)
+# the default recipe's network: launches, the price of exactness, CUDA graphs (on by default from 1.5 times on)
 bench 30 small yes $small
 CUBLAS_WORKSPACE_CONFIG='' bench 25 small-any-order yes $small
-bench 60 small-graphs graphs $small
+bench 45 small-graphs graphs $small
 # the run itself: time to the first step, images a second; the same command again gives the same weights
 train default
 train again
-part 10 weights python - "$out"/{default,again}/model.safetensors <<'PYTHON'
+train graph --graph
+part 10 weights python - "$out"/{default,again,graph}/model.safetensors <<'PYTHON'
 import hashlib, sys
 from safetensors.numpy import load_file
 for path in sys.argv[1:]:
@@ -42,5 +43,5 @@ for path in sys.argv[1:]:
 PYTHON
 [ "$device" = cpu ] || part 105 tests python -m pytest -q -m cuda
 
-tail -n 40 "$out"/*.txt | grep -v '^$'
-grep -h images_per_s "$out"/default/log.jsonl | tail -n 1
+tail -n 60 "$out"/*.txt | grep -v '^$'
+for run in default graph; do grep -h images_per_s "$out/$run/log.jsonl" | tail -n 1; done
