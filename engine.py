@@ -235,12 +235,10 @@ def clip_gradient(net, largest):
 
 
 def optimizer_step(optimizer, finite):
-    """One step, or none where the gradient is not finite (a bool tensor on the device)."""
-    if isinstance(optimizer, torch.optim.AdamW):    # and Muon: they look at found_inf, the host does not wait
-        optimizer.found_inf = (~finite).float()
-        optimizer.step()
-    elif finite:                                    # RAdam: the host waits for one number
-        optimizer.step()
+    """One step, or none where the gradient is not finite (a bool tensor on the device). AdamW's kernel and
+    Muon look at found_inf, so that the host does not wait for it."""
+    optimizer.found_inf = (~finite).float()
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 

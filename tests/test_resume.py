@@ -23,7 +23,7 @@ import model
 from checkpoint import load_model
 from config import Config
 from objective import Objective
-from train import BLOCK, Muon, blocks_of, draw, learning_rate, orthogonal, sample_indices, split_batch
+from train import BLOCK, Muon, RAdam, blocks_of, draw, learning_rate, orthogonal, sample_indices, split_batch
 
 OLD_RUN = Path(__file__).resolve().parent / "old_run"
 NANO = [*TINY, "--sample_steps", 2, "--model", "TiT-nano/4"]
@@ -298,6 +298,29 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
             optimizer.step()
     for p, q in zip(net.parameters(), twin.parameters()):
         assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_radam_is_torchs():
+    """In the early steps, which have no second moment, at their end, and after it; also from a state on."""
+    net = small_net()
+    twin = copy.deepcopy(net)
+    start = [p.detach().clone() for p in net.parameters()]
+    settings = dict(lr=0.01, betas=(0.9, 0.999))
+    ours, theirs = RAdam(net.parameters(), **settings, weight_decay=0.0, fused=True), torch.optim.RAdam(
+        twin.parameters(), **settings)
+    for step in range(20):
+        for p, q in zip(net.parameters(), twin.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in (ours, theirs):
+            optimizer.step()
+        for p, q, first in zip(net.parameters(), twin.parameters(), start):
+            assert_close(p - first, q - first, rtol=1e-4, atol=1e-7)
+        if step in (2, 10):
+            state = ours.state_dict()
+            ours = RAdam(net.parameters(), **settings, weight_decay=0.0, fused=True)
+            ours.load_state_dict(state)
+    assert ours.param_groups[0]["lr"] == 0.01 and not ours.early
 
 
 def test_the_learning_rate_rises_stays_and_falls():
