@@ -235,10 +235,13 @@ def clip_gradient(net, largest):
 
 
 def optimizer_step(optimizer, finite):
-    """One step, or none where the gradient is not finite (a bool tensor on the device). AdamW's kernel and
-    Muon look at found_inf, so that the host does not wait for it."""
-    optimizer.found_inf = (~finite).float()
-    optimizer.step()
+    """One step, or none where the gradient is not finite (a bool tensor on the device). Fused optimisers, as
+    all of ours are, look at found_inf themselves; for another one the host waits for that number."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,18 @@ def test_one_nan_is_skipped_and_counted(capsys, monkeypatch, optimizer):
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert not torch.equal(load_file(states("skipped")[-1])["net.final_layer.linear.weight"],
                            after["net.final_layer.linear.weight"])
+
+
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, momentum=0.9), torch.optim.NAdam,
+                                  partial(torch.optim.SGD, momentum=0.9, fused=True)])
+def test_somebody_elses_optimiser_skips_it_too(make):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, seen = make([weight], lr=0.1), []
+    for value in (1.0, float("nan"), 1.0):
+        weight.grad = torch.full((3,), value)
+        engine.optimizer_step(optimizer, weight.grad.norm().isfinite())
+        seen.append(weight.detach().clone())
+    assert seen[0][0] < 1 and torch.equal(seen[0], seen[1]) and (seen[2] < seen[1]).all()
 
 
 def test_nan_from_then_on_stops_the_run_with_a_usable_checkpoint(capsys, monkeypatch):
