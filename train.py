@@ -37,6 +37,7 @@ from engine import (Graphed, Signals, Skipped, autocast, can_compile, clip_gradi
 from latents import decoder, open_latents
 from log import Log, LossByTime, draw_curves, preview, utilisation
 from objective import resolve
+from optim import average, learning_rate, make_optimizer
 from published import without_sigma
 from sample import Model
 from sampler import check_sampler, time_grid
@@ -93,92 +94,6 @@ def draw(objective, x, y, seed, step, blocks, generator):
         generator.manual_seed(key(seed, step, block))
         drawn.append(objective.draw(x_block, y_block, generator))
     return [torch.cat(parts) for parts in zip(*drawn)]
-
-
-# ---- optimiser and averages ---------------------------------------------------------------------------
-
-def orthogonal(matrix, dtype):
-    """U V^T of the matrix U S V^T, nearly: five steps of a quintic iteration bring values that are not tiny
-    to 0.7 .. 1.2 (https://kellerjordan.github.io/posts/muon)."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.to(dtype).T if tall else matrix.to(dtype)
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.T if tall else x
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW, but the step of the matrices of attention and MLP is the momentum, made orthogonal and as large
-    as an Adam step (arXiv 2502.16982). dtype: of the products; torch.optim.Muon always takes bfloat16, which
-    is 30 times slower on a CPU without it."""
-
-    def __init__(self, net, dtype, *settings, **more):
-        super().__init__([p for p in net.parameters() if p.requires_grad], *settings, **more)
-        self.dtype, self.found_inf = dtype, torch.zeros(())
-        self.matrices = [p for name, p in net.named_parameters()
-                         if p.ndim == 2 and name.startswith("blocks.") and "adaLN" not in name]
-
-    @torch.no_grad()
-    def step(self):
-        lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
-        keep = 1 - self.found_inf               # 0: nothing changes, as AdamW's kernel has it
-        for weight in self.matrices:
-            momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-            gradient = torch.where(keep > 0, weight.grad, momentum)
-            momentum.lerp_(gradient, 0.05)
-            change = orthogonal(gradient.lerp(momentum, 0.95), self.dtype) * keep   # Nesterov's momentum
-            weight.mul_(1 - lr * decay * keep).add_(change, alpha=-0.2 * lr * max(weight.shape) ** 0.5)
-            weight.grad = None                  # AdamW leaves out what has no gradient
-        super().step()
-
-
-class RAdam(torch.optim.AdamW):
-    """RAdam (arXiv 1908.03265) by AdamW's kernel, which passes over the weights once where torch's RAdam does
-    ten times. The rectification is a factor of the rate. The steps before it, five at beta2 = .999, do not
-    divide by the second moment: there eps is so large that the division is by a constant."""
-    LARGE = 2.0**20
-    early = True
-
-    def step(self):
-        group = self.param_groups[0]
-        lr, eps, beta = group["lr"], group["eps"], group["betas"][1]
-        steps = next((state["step"] for state in self.state.values() if state), torch.zeros(()))
-        t, longest = steps.double() + 1, 2 / (1 - beta) - 1
-        length = longest - 2 * t * beta**t / (1 - beta**t)
-        self.early = self.early and length.item() <= 5      # a number is read in the early steps only
-        if self.early:
-            group.update(lr=lr * self.LARGE, eps=self.LARGE)
-        else:
-            rectified = (length - 4) * (length - 2) / length * longest / ((longest - 4) * (longest - 2))
-            group["lr"] = (lr * rectified.sqrt()).float()
-        super().step()
-        group.update(lr=lr, eps=eps)
-
-
-def make_optimizer(config, net, dtype):
-    weights = [p for p in net.parameters() if p.requires_grad]
-    settings = dict(lr=config.lr, betas=config.betas, weight_decay=0.0, fused=True)
-    if config.optimizer == "muon":
-        return Muon(net, dtype, **settings)
-    if config.optimizer in ("adamw", "radam"):
-        return {"adamw": torch.optim.AdamW, "radam": RAdam}[config.optimizer](weights, **settings)
-    raise ValueError(f"make_optimizer does not know {config.optimizer!r}")
-
-
-def learning_rate(config, step):
-    """Linear warm-up, a plateau, then half a cosine down to 0 over the last part of the run."""
-    up = min(1, (step + 1) / max(1, config.warmup))
-    left = min(1, (config.steps - step) / max(1, config.warmdown * config.steps))
-    return config.lr * up * (0.5 - 0.5 * math.cos(math.pi * left) if config.warmdown else 1)
-
-
-@torch.no_grad()
-def average(ema, net, decay, step):
-    """Exponential moving average of the weights; the decay grows, so that early weights are forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
 # ---- before the first step ----------------------------------------------------------------------------

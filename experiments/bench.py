@@ -32,7 +32,7 @@ from engine import Graphed, autocast, clip_gradient, optimizer_step, pick_device
 from log import flops_per_image, forwards, peak_memory
 from model import DiT
 from sampler import count_nfe, sample, time_grid
-from train import average, make_optimizer
+from optim import average, make_optimizer
 
 
 @dataclass

@@ -12,7 +12,7 @@ from engine import clip_gradient, not_finite_to_nan, optimizer_step
 from objective import Objective
 from sample import generate, open_model
 from sampler import sample
-from train import average, make_optimizer
+from optim import average, make_optimizer
 
 pytestmark = on_gpu
 DEFAULT = "--device cuda --dtype bfloat16 --compile".split()

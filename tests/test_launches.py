@@ -20,7 +20,7 @@ from engine import Graphed, clip_gradient, not_finite_to_nan, optimizer_step
 from log import LossByTime
 from objective import TRANSPORTS, Objective
 from sampler import sample
-from train import average, make_optimizer
+from optim import average, make_optimizer
 
 GPU = torch.device("cuda")
 LOOKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}

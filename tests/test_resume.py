@@ -24,7 +24,8 @@ import model
 from checkpoint import load_model
 from config import Config
 from objective import Objective
-from train import BLOCK, Muon, RAdam, blocks_of, draw, learning_rate, orthogonal, sample_indices, split_batch
+from optim import Muon, RAdam, learning_rate, orthogonal
+from train import BLOCK, blocks_of, draw, sample_indices, split_batch
 
 OLD_RUN = Path(__file__).resolve().parent / "old_run"
 NANO = [*TINY, "--sample_steps", 2, "--model", "TiT-nano/4"]
