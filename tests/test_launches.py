@@ -1,10 +1,12 @@
-"""How a step is launched: without waiting for the device, and recorded once to be replayed as a CUDA graph.
+"""How a step is launched: in memory that is kept, without waiting for the device, and recorded once to be
+replayed as a CUDA graph.
 
 A CPU has no graphs. A tape stands in for one, with the same rules: it keeps every operation with its memory
 and its numbers as they were, a replay runs them again in that memory, and to look at a number is an error.
 """
 import contextlib
 import copy
+import platform
 
 import pytest
 import torch
@@ -130,6 +132,20 @@ def test_what_looks_at_a_number_cannot_be_recorded(tape):
         Graphed(lambda x: x if x.sum() > 0 else -x, GPU)(torch.ones(3))
     with pytest.raises(ValueError, match="--graph"):
         Graphed(torch.sin, torch.device("cpu"))
+
+
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    """Forty megabytes, again and again, without new pages. On Linux with glibc."""
+    resource = pytest.importorskip("resource")
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library than glibc")
+    engine.pick_device("cpu")
+    pages = []
+    for _ in range(5):
+        blocks = [torch.ones(1_000_000) for _ in range(10)]
+        del blocks
+        pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert pages[-1] - pages[0] < 1000
 
 
 class Waits(TorchFunctionMode):
