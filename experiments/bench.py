@@ -55,7 +55,8 @@ class Options:
 
 TUNING = dict(lam=1.0, zeta=1.0, optimizer="radam", dt=0.02)
 TRAIN = {"lam 0":                 dict(),
-         "lam 0, ft-vs-fe":       dict(zeta=0.5, style="ft-vs-fe")}
+         "lam 0, ft-vs-fe":       dict(zeta=0.5, style="ft-vs-fe"),
+         "lam 0, ft-vs-fe, Muon": dict(zeta=0.4, style="ft-vs-fe", optimizer="muon")}    # the default recipe
 TUNE = {"lam 1, fc-vs-xz":        dict(style="fc-vs-xz", **TUNING),
         "lam 1, fc-vs-fe":        dict(style="fc-vs-fe", **TUNING),
         "lam 1, fc-vs-fe, jvp":   dict(style="fc-vs-fe", derivative="jvp", **TUNING)}

@@ -22,14 +22,14 @@ bench() { part "$1" "$2" python experiments/bench.py --device "$device" --compil
 train() { part 28 "$1" python train.py --device "$device" --fresh --out "$out/$1" --steps $steps "${@:2}"; }
 
 # XL, for the published code's figures: lam 0 to 55 % of the products, fc-vs-fe to 260 images a second
-bench 75 xl-train yes $xl --modes train --kernels 20
+bench 85 xl-train yes $xl --modes train --kernels 20
 bench 45 xl-tune yes $xl --modes tune --only fc-vs-fe
 bench 30 xl-sample yes $xl --modes sample --only "2 "
 CUBLAS_WORKSPACE_CONFIG='' bench 25 xl-any-order yes $xl --modes train --only ft-vs-fe
 # the default recipe's network: launches, the price of exactness, CUDA graphs (on by default from 1.5 times on)
 bench 30 small yes $small
 CUBLAS_WORKSPACE_CONFIG='' bench 25 small-any-order yes $small
-bench 45 small-graphs graphs $small
+bench 40 small-graphs graphs $small
 # the run itself: time to the first step, images a second; the same command again gives the same weights. A CPU has
 # no graphs: there those parts end with status 2
 train default
@@ -42,7 +42,7 @@ for path in sys.argv[1:]:
     weights = sorted(load_file(path).items())
     print(hashlib.sha256(b"".join(value.tobytes() for _, value in weights)).hexdigest(), path)
 PYTHON
-[ "$device" = cpu ] || part 105 tests python -m pytest -q -m cuda
+[ "$device" = cpu ] || part 100 tests python -m pytest -q -m cuda
 
 tail -n 60 "$out"/*.txt | grep -v '^$'
 for run in default graph; do grep -h images_per_s "$out/$run/log.jsonl" | tail -n 1; done
