@@ -76,8 +76,6 @@ def init_distributed(device=None, timeout=datetime.timedelta(minutes=30)):
         agent = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"restart{env['TORCHELASTIC_RESTART_COUNT']}", agent)
     on_gpu = device is not None and device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timeout)
     return dist.new_group(backend="gloo", timeout=timeout)
@@ -119,9 +117,12 @@ def pick_device(wanted):
     name = there[0] if wanted == "auto" else wanted
     if name not in there:
         raise ValueError(f"device {wanted!r} is not available; use one of: {', '.join(there)}")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "cuda":
+        torch.cuda.set_device(device)           # streams and graphs are of this one
     if name == "cpu":
         keep_freed_memory()
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    return device
 
 
 def keep_freed_memory():
@@ -168,7 +169,7 @@ def wrap(net, device, compiled, fsdp=False):
     model, on_cpu = net, device.type == "cpu"
     exact_products = os.environ.get("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8")
     if compiled if on_cpu else device.type == "cuda" and exact_products:
-        torch.use_deterministic_algorithms(True, warn_only=not on_cpu)  # a GPU may lack one: go on then
+        torch.use_deterministic_algorithms(True)        # with warn_only attention would be in any order
         torch.utils.deterministic.fill_uninitialized_memory = False     # a help in debugging that costs time
     if compiled and not on_cpu:
         for block in [*net.blocks, *filter(None, [getattr(net, "final_layer", None)])]:  # not all have one
@@ -206,7 +207,8 @@ class Graphed:
         here.wait_stream(aside)
         torch.clear_autocast_cache()            # the casts of the weights are a part of it, and end with it
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):    # other threads read batches
+        # other threads read batches meanwhile
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             self.output = self.call(*self.inputs)
         torch.clear_autocast_cache()
         self.graph, self.gradients = graph, [weight.grad for weight in self.weights]

@@ -231,7 +231,7 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)                                 # (B, D)
         for block in self.blocks:
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, rope, use_reentrant=False)              # (B, N, D)
+                x = checkpoint(block, x, c, rope, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, c, rope)                                               # (B, N, D)
         x = self.final_layer(x, c)                                                  # (B, N, P*P*C)

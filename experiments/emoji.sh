@@ -10,7 +10,7 @@ out=runs/emoji device=${DEVICE:-cuda} minutes=${MINUTES:-4}
 flags="--data npz:emoji64.npz --model ${MODEL:-TiT-S/4} --batch_size ${BATCH:-256} --device $device"
 mkdir -p "$out"
 # 3,786 images, a class a category: without a network the npz can travel in place of the package
-[ -f emoji64.npz ] || python - <<'PYTHON'
+[ -f emoji64.npz ] || python3 - <<'PYTHON'
 import json
 from pathlib import Path
 
@@ -30,9 +30,9 @@ np.savez_compressed("emoji64.npz", x=np.stack(x), y=np.array(y))
 print(f"emoji64.npz: {len(x)} images of {', '.join(names)}")
 PYTHON
 
-train() { python train.py --recipe folder $flags --lr 3e-3 --log_every 10 --save_every 5000 --fresh "$@"; }
+train() { python3 train.py --recipe folder $flags --lr 3e-3 --log_every 10 --save_every 5000 --fresh "$@"; }
 train --out "$out/speed" --steps "${TRY:-100}"          # compiles, and says how many steps a minute has
-steps=$(python - "$minutes" "$out/speed/log.jsonl" "${BATCH:-256}" <<'PYTHON'
+steps=$(python3 - "$minutes" "$out/speed/log.jsonl" "${BATCH:-256}" <<'PYTHON'
 import json, sys
 minutes, path, batch = float(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 rates = [line["images_per_s"] for line in map(json.loads, open(path)) if "images_per_s" in line]
@@ -40,8 +40,8 @@ print(max(8, int(60 * minutes * rates[-1] / batch)))
 PYTHON
 )
 train --out "$out/many" --steps "$steps"
-python train.py --recipe folder-few $flags --fresh --init_from "$out/many" --out "$out/few" --steps $((steps / 8)) \
+python3 train.py --recipe folder-few $flags --fresh --init_from "$out/many" --out "$out/few" --steps $((steps / 8)) \
   --optimizer muon --lr 3e-3 --warmup 100 --ema 0.995 --dt 0.1 --rho 0.5 --gap 0.001,0.75 --log_every 10
-draw() { python sample.py --ckpt "$out/$1" --steps "$2" --num 40 --out "$out/$2.png" --device "$device"; }
+draw() { python3 sample.py --ckpt "$out/$1" --steps "$2" --num 40 --out "$out/$2.png" --device "$device"; }
 draw many 40
 for calls in 4 2 1; do draw few $calls; done

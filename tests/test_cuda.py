@@ -3,16 +3,15 @@ import pytest
 import test_golden as golden
 import torch
 from runs import RUNS, TEACH, TIT_NANO, assert_same, distance, train, train_on
-from toys import ROOT, on_gpu
+from test_launches import SETTINGS, training_step
 from torch.testing import assert_close
+from toys import ROOT, on_gpu
 
 import objective
-from config import Config
-from engine import clip_gradient, not_finite_to_nan, optimizer_step
+from engine import wrap
 from objective import Objective
 from sample import generate, open_model
 from sampler import sample
-from optim import average, make_optimizer
 
 pytestmark = on_gpu
 DEFAULT = "--device cuda --dtype bfloat16 --compile".split()
@@ -64,7 +63,11 @@ def test_one_step_of_each_loss(settings):
         assert (gradient("cuda", dtype) - expected).norm() < off * expected.norm()
 
 
-@pytest.mark.parametrize("name, more", [("many-step", DEFAULT), ("muon", [*DEFAULT, "--graph"]),
+WIDE = "--image_size 64".split()         # 256 tokens: attention has more than one block of keys to add up
+
+
+@pytest.mark.parametrize("name, more", [("many-step", DEFAULT), ("many-step", [*DEFAULT, *WIDE]),
+                                        ("muon", [*DEFAULT, "--graph"]),
                                         ("tuning", ["--device", "cuda", "--graph"]),
                                         *((name, ["--device", "cuda"]) for name in RUNS)])
 def test_the_same_command_and_a_resumed_run_give_the_same_bytes(capsys, name, more):
@@ -89,25 +92,17 @@ def test_a_cuda_graph_trains_the_same_model(capsys, name):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "radam", "muon"])
-def test_a_step_and_the_sampler_never_wait(optimizer):
-    """torch itself looks for waits. The first steps make the optimiser's state, and may."""
-    net, teacher, ema = (TIT_NANO(input_size=8, in_channels=3, num_classes=3).cuda() for _ in range(3))
-    objective = Objective(lam=1.0, zeta=1.5, style="fc-vs-fe")
-    optimizer = make_optimizer(Config(optimizer=optimizer), net, torch.bfloat16)
-    x, y = torch.randn(16, 3, 8, 8, device="cuda"), torch.arange(16, device="cuda") % 3
-    generator = torch.Generator("cuda")
-
-    def step():
-        loss = objective(net, x, y, *objective.draw(x, y, generator), teacher)
-        not_finite_to_nan(loss).backward()
-        optimizer_step(optimizer, clip_gradient(net, 1.0).isfinite())
-        average(ema, net, 0.99, 1)
-        return sample(net, x, y, steps=3)
-    for _ in range(6):
-        step()
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_step_and_the_sampler_never_wait(settings, optimizer):
+    """torch itself looks for waits; sums have a fixed order, as in training."""
+    net = TIT_NANO(input_size=8, in_channels=3, num_classes=3).cuda()
+    wrap(net, torch.device("cuda"), False)
+    step = training_step(settings, optimizer, torch.device("cuda"))
+    z, y = torch.randn(16, 3, 8, 8, device="cuda"), torch.arange(16, device="cuda") % 3
     try:
         torch.cuda.set_sync_debug_mode("error")
         step()
+        sample(net, z, y, steps=3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
