@@ -67,21 +67,19 @@ WIDE = "--image_size 64".split()         # 256 tokens: attention has more than o
 
 
 @pytest.mark.parametrize("name, more", [("many-step", DEFAULT), ("many-step", [*DEFAULT, *WIDE]),
-                                        ("muon", [*DEFAULT, "--graph"]),
-                                        ("tuning", ["--device", "cuda", "--graph"]),
-                                        *((name, ["--device", "cuda"]) for name in RUNS)])
-def test_the_same_command_and_a_resumed_run_give_the_same_bytes(capsys, name, more):
-    """Weights, averages, teacher, optimiser: after 20 steps twice, and after 10 and 10 more."""
+                                        ("few-step", DEFAULT[:2]), ("tuning", [*DEFAULT[:2], "--graph"]),
+                                        ("muon", [*DEFAULT, "--graph"])])
+def test_the_same_command_gives_the_same_bytes_also_in_two_halves(capsys, name, more):
+    """Weights, averages, teacher, optimiser: after 20 steps, and after 10 and 10 more."""
     flags = [*RUNS[name], *more]
     if "start" in flags:
         train("--steps", 3, "--out", "start", capsys=capsys)
-    for out, steps in (("one", 20), ("same", 20), ("halves", 10), ("halves", 20)):
+    for out, steps in (("one", 20), ("halves", 10), ("halves", 20)):
         train("--steps", steps, "--out", out, *flags, capsys=capsys)
-    assert_same("one", "same")
     assert_same("one", "halves")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["few-step", "tuning", "muon"])
 def test_a_cuda_graph_trains_the_same_model(capsys, name):
     flags = [*RUNS[name], "--device", "cuda", "--steps", 10]
     if "start" in flags:
