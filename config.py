@@ -195,7 +195,7 @@ RECIPES = {
                            MNIST, FEW, MUON, lr=6e-3, warmup=100, steps=360, gap=(0.001, 0.85)),
     "fashion":      recipe("many-step: 60 to 90 min of one core, FD-fashion 4.1 @ 40",
                            FASHION, MANY, MUON, zeta=0.4, steps=9000),
-    "fashion-few":  recipe("two steps: 6 min of one core, 4.1 @ 2", FASHION, FEW, MUON,
+    "fashion-few":  recipe("two steps: 6 min of one core, 4.2 @ 2", FASHION, FEW, MUON,
                            lr=3e-3, warmup=100, steps=720, ema=(0.995,), dt=0.1, rho=0.5, gap=(0.001, 0.75)),
     "folder":       recipe("many-step, your images: 80 min", FOLDER, MANY, MUON, lr=5e-3, steps=5000),
     "folder-few":   recipe("two steps: 10 min", FOLDER, FEW, steps=600),
