@@ -127,7 +127,9 @@ def pick_device(wanted):
 
 def keep_freed_memory():
     """Without this glibc hands freed memory back to the system, and the next step of a small network spends a
-    tenth of its time on getting it again."""
+    tenth of its time on getting it again. Limits that are set in the environment stay."""
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):       # other systems have no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)          # M_TRIM_THRESHOLD: give nothing back
