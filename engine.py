@@ -132,8 +132,8 @@ def keep_freed_memory():
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):       # other systems have no mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)          # M_TRIM_THRESHOLD: give nothing back
-        mallopt(-3, 2**25)              # M_MMAP_THRESHOLD: keep blocks of up to 32 MiB, the most it takes
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        mallopt(-3, 2**25)      # M_MMAP_THRESHOLD: keep blocks of up to 32 MiB; larger ones leave gaps
 
 
 def pick_dtype(wanted, device):
