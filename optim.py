@@ -57,7 +57,7 @@ class Muon(torch.optim.AdamW):
 
 class RAdam(torch.optim.AdamW):
     """RAdam (arXiv 1908.03265) by AdamW's kernel, which passes over the weights once where torch's RAdam does
-    ten times. The rectification is a factor of the rate. The steps before it, five at beta2 = .999, do not
+    nine times. The rectification is a factor of the rate. The steps before it, five at beta2 = .999, do not
     divide by the second moment: there eps is so large that the division is by a constant."""
     LARGE = 2.0**20
     early = True
