@@ -285,7 +285,7 @@ def test_orthogonal_keeps_the_singular_vectors_and_evens_the_values():
     for values in (torch.ones(6), torch.linspace(0.05, 3, 6), torch.tensor([1e3, 900, 800, 700, 600, 500])):
         for left, right in ((u, v), (v, u)):
             for dtype, off in ((torch.bfloat16, 0.02), (torch.float32, 1e-4)):
-                x = orthogonal(left @ values.diag() @ right.T, dtype)
+                x, = orthogonal((left @ values.diag() @ right.T)[None], dtype)
                 middle = left.T @ x.float() @ right
                 assert x.dtype == dtype and (middle - middle.diag().diag()).abs().max() < off
                 assert 0.65 < middle.diag().min() and middle.diag().max() < 1.25
@@ -298,7 +298,7 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
     twin = copy.deepcopy(net)
     ours = Muon(net, torch.bfloat16, 0.02, (0.9, 0.99), weight_decay=0.1, fused=True)
     matrices = [twin.blocks[0].mlp.w.weight, twin.blocks[0].attn[0].weight]
-    assert [tuple(p.shape) for p in ours.matrices] == [tuple(p.shape) for p in matrices]
+    assert list(ours.matrices) == [p.shape for p in matrices]
     rest = [p for p in twin.parameters() if all(p is not m for m in matrices)]
     theirs = (torch.optim.Muon(matrices, 0.02, weight_decay=0.1, momentum=0.95,
                                adjust_lr_fn="match_rms_adamw"),
