@@ -40,8 +40,9 @@ def flush(path):
     os.close(handle)
 
 
-def atomic_write(path, write):
-    """Call write(temporary path), flush, rename: `path` holds the old bytes or all of the new, always."""
+def atomic_write(path, write, name=lambda temporary: ""):
+    """Call write(temporary path), flush, rename: `path` holds the old bytes or all of the new, always.
+    name(temporary path): the last part of `path`, where it is known only when the bytes are. Returns `path`."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -49,9 +50,11 @@ def atomic_write(path, write):
         with contextlib.suppress(OSError):      # file systems of other systems have no modes
             os.chmod(temporary, 0o666 & ~UMASK)
         flush(temporary)
+        path = path.with_name(name(temporary) or path.name)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):      # nor let a folder be flushed
             flush(path.parent)
+        return path
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -281,13 +284,10 @@ def save_state(out, tensors, net, config, names, step):
                    if name.startswith(prefix)}
         name = f"model_ema{decay:g}.safetensors" if k else "model.safetensors"
         save_model(out / name, weights, net, config, names)
-    temporary = out / "state.tmp"               # its name is known when its bytes are
-    try:
-        safetensors.torch.save_file(tensors, temporary, write_metadata(net, config, names, step=str(step)))
-        written = out / f"state_{step:08d}.{checksum(temporary)}.safetensors"
-        atomic_write(written, temporary.rename)
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = write_metadata(net, config, names, step=str(step))
+    write = lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata)
+    name = lambda temporary: f"state_{step:08d}.{checksum(temporary)}.safetensors"
+    written = atomic_write(out / "state", write, name)
     for path in find_states(out)[KEEP:]:
         if path != written:
             path.unlink()

@@ -122,6 +122,20 @@ def test_other_settings_are_refused_by_name(capsys):
     assert "resumed" in train("--steps", 4, "--seed", 3, "--allow_change", *free, capsys=capsys)
 
 
+def test_what_a_kill_inside_a_save_leaves_the_next_save_takes(capsys, monkeypatch):
+    """Also with other bytes: they have other --steps."""
+    def killed(path):
+        if Path(path).name.startswith("state"):
+            raise SystemExit(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "flush", killed)
+        patch.setattr(Path, "unlink", lambda *arguments, **more: None)
+        assert run("train.py", *NANO, "--steps", 2, capsys=capsys)[0] == 1
+    assert list(Path("runs/shapes").glob("*.tmp")) and not states("runs/shapes")
+    train("--steps", 4, capsys=capsys)
+    assert not list(Path("runs/shapes").glob("*.tmp"))
+
+
 def test_kept_checkpoints(capsys):
     train("--steps", 7, "--save_every", 2, capsys=capsys)
     assert [int(path.name[6:14]) for path in states("runs/shapes")] == [6, 7]
