@@ -42,7 +42,7 @@ def flush(path):
 
 def atomic_write(path, write, name=lambda temporary: ""):
     """Call write(temporary path), flush, rename: `path` holds the old bytes or all of the new, always.
-    name(temporary path): the last part of `path`, where it is known only when the bytes are. Returns `path`."""
+    name(temporary path): the last part of `path`, where only the bytes decide it. Returns `path`."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
