@@ -40,7 +40,7 @@ def flush(path):
     os.close(handle)
 
 
-def atomic_write(path, write, name=lambda temporary: ""):
+def atomic_write(path, write, name=None):
     """Call write(temporary path), flush, rename: `path` holds the old bytes or all of the new, always.
     name(temporary path): the last part of `path`, where only the bytes decide it. Returns `path`."""
     path = Path(path)
@@ -50,7 +50,8 @@ def atomic_write(path, write, name=lambda temporary: ""):
         with contextlib.suppress(OSError):      # file systems of other systems have no modes
             os.chmod(temporary, 0o666 & ~UMASK)
         flush(temporary)
-        path = path.with_name(name(temporary) or path.name)
+        if name:
+            path = path.with_name(name(temporary))
         os.replace(temporary, path)
         with contextlib.suppress(OSError):      # nor let a folder be flushed
             flush(path.parent)
@@ -286,8 +287,8 @@ def save_state(out, tensors, net, config, names, step):
         save_model(out / name, weights, net, config, names)
     metadata = write_metadata(net, config, names, step=str(step))
     write = lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata)
-    name = lambda temporary: f"state_{step:08d}.{checksum(temporary)}.safetensors"
-    written = atomic_write(out / "state", write, name)
+    state_name = lambda temporary: f"state_{step:08d}.{checksum(temporary)}.safetensors"
+    written = atomic_write(out / "state", write, state_name)
     for path in find_states(out)[KEEP:]:
         if path != written:
             path.unlink()

@@ -128,7 +128,8 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
     def denoise(x, i):
         ask = guided if is_guided(transport, times[i], cfg_scale, cfg_interval) else net
         in_dtype = lambda x, t, y: ask(x.to(z.dtype), t.to(z.dtype), y)
-        t_i = torch.full((len(x),), times[i], dtype=x.dtype, device=x.device)   # a copy would make it wait
+        # made on the device: the host would wait for a copy
+        t_i = torch.full((len(x),), times[i], dtype=x.dtype, device=x.device)                # (B,)
         return predict(in_dtype, transport, x, t_i, y)[1:]
 
     for i in range(last + 1):

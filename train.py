@@ -58,10 +58,7 @@ def split_batch(config, world):
         raise ValueError(f"batch_size {config.batch_size} is no multiple of {BLOCK} a process: use {near}")
     if largest < BLOCK:
         raise ValueError(f"micro_batch {largest} is smaller than a block: use at least {BLOCK}")
-    accumulate = next(n for n in range(1, share + 1) if share % n == 0 and share // n * BLOCK <= largest)
-    if config.graph and (config.fsdp or world * accumulate > 1):
-        raise ValueError("a CUDA graph holds the whole step of one process: leave out --graph")
-    return accumulate
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n * BLOCK <= largest)
 
 
 def blocks_of(config, accumulate, turn):
@@ -141,13 +138,15 @@ def load_start(config, net, names):
 
 def check_setup(config, data, net, before, first, old_names):
     """Every reason not to start, as a ValueError. before, first, old_names: of the run that goes on."""
-    s, guided = config.sampler(), config.zeta > 0
+    s, guided, world = config.sampler(), config.zeta > 0, rank_and_world()[1]
     times = time_grid(s["steps"], s["schedule"], s["gap"])
     check_sampler(resolve(config.transport), times, s["kappa"], s["rho"], 1, s["cfg_scale"], len(data.names))
     if hasattr(data, "__len__") and len(data) < config.batch_size:
         raise ValueError(f"{config.data} has {len(data)} images to train on: lower --batch_size to that")
     if config.fsdp and "RANK" not in os.environ:
         raise ValueError("fsdp needs processes: torchrun --nproc_per_node=N train.py --fsdp ...")
+    if config.graph and (config.fsdp or world * split_batch(config, world) > 1):
+        raise ValueError("a CUDA graph holds the whole step of one process: leave out --graph")
     if guided and config.style != "ft-vs-fe" and not config.init_from:
         raise ValueError(f"style {config.style} needs a teacher: give --init_from, such as runs/shapes")
     if guided and config.style != "fc-vs-xz" and not net.num_classes:

@@ -129,8 +129,11 @@ def compiled_net(net, device, how):
     return model
 
 
-def graphed(call, device, how, weights=()):
-    return Graphed(call, device, weights) if how == "graphs" else call
+def sampling_net(net, device, how):
+    """As sample.py does, but compiled."""
+    if how == "graphs":
+        net.forward = Graphed(net.forward, device)
+    return compiled_net(net.eval(), device, how)
 
 
 def train_step(config, net, batch, device, dtype, compiled):
@@ -146,7 +149,8 @@ def train_step(config, net, batch, device, dtype, compiled):
             loss = objective(model, *batch, model_teacher)
         loss.mean().backward()
         return loss.detach()
-    loss_and_gradient = graphed(loss_and_gradient, device, compiled, net.parameters())
+    if compiled == "graphs":
+        loss_and_gradient = Graphed(loss_and_gradient, device, net.parameters())
 
     def step():
         loss_and_gradient(x, y, *objective.draw(x, y, generator))
@@ -160,9 +164,7 @@ def train_step(config, net, batch, device, dtype, compiled):
 
 def sample_call(steps, cfg_scale, net, batch, device, dtype, compiled):
     """A call of the sampler."""
-    model, (z, y) = compiled_net(net.eval(), device, compiled), make_batch(net, batch, device)
-    model = graphed(model, device, compiled)
-    model.num_classes = net.num_classes
+    model, (z, y) = sampling_net(net, device, compiled), make_batch(net, batch, device)
 
     def call():
         with autocast(device, dtype):
@@ -172,8 +174,8 @@ def sample_call(steps, cfg_scale, net, batch, device, dtype, compiled):
 
 def bare_passes(net, batch, device, dtype, compiled):
     """What two steps of sampling cost at least."""
-    model, (z, y) = compiled_net(net.eval(), device, compiled), make_batch(net, batch, device)
-    model, t = graphed(model, device, compiled), torch.full((batch,), 0.5, device=device)
+    model, (z, y) = sampling_net(net, device, compiled), make_batch(net, batch, device)
+    t = torch.full((batch,), 0.5, device=device)
 
     @torch.no_grad()
     def call():

@@ -3,7 +3,7 @@ import pytest
 import test_golden as golden
 import torch
 from runs import RUNS, TEACH, TIT_NANO, assert_same, distance, train, train_on
-from test_launches import SETTINGS, training_step
+from test_launches import SETTINGS, networks, training_step
 from torch.testing import assert_close
 from toys import ROOT, on_gpu
 
@@ -39,16 +39,10 @@ def test_published_numbers(monkeypatch):
         golden.test_network(name, family, "cuda")
 
 
-FEW = dict(lam=1.0, zeta=1.0, style="fc-vs-fe")
-
-
-@pytest.mark.parametrize("settings", [dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), FEW,
-                                      FEW | dict(style="fc-vs-xz", huber=1.0), FEW | dict(derivative="jvp")])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_one_step_of_each_loss(settings):
     """The gradient is the CPU's: in float32 to 1e-3, in bfloat16 to 20 %."""
-    nets = net, teacher = [TIT_NANO(input_size=8, in_channels=3, num_classes=3) for _ in range(2)]
-    for p in (*net.parameters(), *teacher.parameters()):
-        torch.nn.init.normal_(p, std=0.1)
+    nets = net, teacher = networks(2)
     inputs = (torch.randn(32, 3, 8, 8), torch.arange(32) % 3, torch.linspace(0.1, 0.9, 32),
               torch.randn(32, 3, 8, 8), torch.arange(32) % 8 == 0)
 

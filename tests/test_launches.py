@@ -89,7 +89,7 @@ def batches(objective, count):
 
 FEW = dict(lam=1.0, zeta=1.0, style="fc-vs-fe")
 SETTINGS = [dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), FEW,
-            FEW | dict(style="fc-vs-xz", derivative="backward", huber=1.0, cosine_loss=True),
+            FEW | dict(style="fc-vs-xz", derivative="backward", dt=0.05, huber=1.0, cosine_loss=True),
             FEW | dict(derivative="jvp"), *(dict(transport=name) for name in TRANSPORTS)]
 
 
