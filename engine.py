@@ -209,7 +209,7 @@ class Graphed:
         here.wait_stream(aside)
         torch.clear_autocast_cache()            # the casts of the weights are a part of it, and end with it
         graph = torch.cuda.CUDAGraph()
-        # other threads read batches meanwhile
+        # thread_local: other threads read batches meanwhile
         with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             self.output = self.call(*self.inputs)
         torch.clear_autocast_cache()
