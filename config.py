@@ -46,7 +46,7 @@ class Config:
     threads: int = setting(0, "of each process on a CPU; 0: one a core", least=0)
     dtype: str = setting("auto", "bfloat16 or float32; auto: bfloat16 where it is faster")
     compile: bool | None = setting(None, "default: on a GPU, and on a CPU with a C++ compiler")
-    graph: bool = setting(False, "on one GPU, for small networks: both passes as one CUDA graph")
+    graph: bool = setting(True, "one process on a GPU replays its step as one CUDA graph")
     fsdp: bool = setting(False, "FSDP2, for networks that do not fit one GPU")
     grad_checkpoint: bool = setting(False, "less memory, a third more time")
 

@@ -186,48 +186,49 @@ def wrap(net, device, compiled, fsdp=False):
 
 class Graphed:
     """call(*tensors) -> a tensor, as one CUDA graph: recorded once, then replayed by one launch in place of
-    hundreds, for which a small network waits longer than for its arithmetic. Inputs of another shape go to
-    `call` itself. A replay leaves in the gradients of `weights` what the recorded call left there.
+    hundreds, for which a small network waits longer than for its arithmetic. The first calls are plain ones,
+    which compile and set up, at least three and until ready(); inputs of another shape are always plain.
 
-    A replay reads and writes the memory of the recording and knows no Python: `call` may neither look at a
-    number nor change a setting. ValueError without a GPU.
+    A replay reads and writes the memory of the recording and knows no Python: what changes from call to call
+    must be in tensors, and `call` may neither look at a number nor change a setting.
     """
 
-    def __init__(self, call, device, weights=()):
-        if device.type != "cuda":
-            raise ValueError(f"a CUDA graph needs a GPU, found {device}: leave out --graph")
-        self.call, self.weights, self.graph = call, [w for w in weights if w.requires_grad], None
+    def __init__(self, call, ready=lambda: True):
+        self.call, self.ready, self.plain_calls, self.graph = call, ready, 0, None
+        self.stream = torch.cuda.Stream()
+
+    def aside(self, inputs):
+        """A plain call on the stream that records."""
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            output = self.call(*inputs)
+        here.wait_stream(self.stream)
+        return output
 
     def record(self, inputs):
-        self.inputs = [value.clone() for value in inputs]
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):          # to compile and to choose kernels is no part of the recording
-            for _ in range(3):
-                self.call(*self.inputs)
-                self.set_gradients([None] * len(self.weights))
-        here.wait_stream(aside)
+        self.inputs, graph = [value.clone() for value in inputs], torch.cuda.CUDAGraph()
         torch.clear_autocast_cache()            # the casts of the weights are a part of it, and end with it
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads read batches meanwhile
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            self.output = self.call(*self.inputs)
+        try:                                    # thread_local: other threads read batches meanwhile
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.output = self.call(*self.inputs)
+        except RuntimeError as error:
+            error.add_note("this could not be recorded as a CUDA graph: --no-graph does without")
+            raise
         torch.clear_autocast_cache()
-        self.graph, self.gradients = graph, [weight.grad for weight in self.weights]
-
-    def set_gradients(self, gradients):
-        for weight, gradient in zip(self.weights, gradients):
-            weight.grad = gradient
+        self.graph = graph
 
     def __call__(self, *inputs):
         if self.graph is None:
+            if self.plain_calls < 3 or not self.ready():
+                self.plain_calls += 1
+                return self.aside(inputs)
             self.record(inputs)
         if [value.shape for value in inputs] != [value.shape for value in self.inputs]:
             return self.call(*inputs)
         for mine, value in zip(self.inputs, inputs):
             mine.copy_(value)
         self.graph.replay()
-        self.set_gradients(self.gradients)
         return self.output.clone()
 
 

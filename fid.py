@@ -42,7 +42,7 @@ class Options(SamplerFlags):
     batch_size: int = setting(100, "images at a time", least=1)
     device: str = setting("auto", "cuda, mps or cpu")
     dtype: str = setting("auto", "of the sampler's network: bfloat16 or float32")
-    graph: bool = setting(False, "on a GPU, for a small network: as one CUDA graph")
+    graph: bool = setting(True, "a GPU replays the network as one CUDA graph")
 
 
 if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once

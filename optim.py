@@ -12,6 +12,8 @@ import torch
 def make_optimizer(config, net, dtype):
     weights = [p for p in net.parameters() if p.requires_grad]
     settings = dict(lr=config.lr, betas=config.betas, weight_decay=0.0, fused=True)
+    if weights[0].is_cuda:      # a CUDA graph reads the rate where it lies
+        settings |= dict(lr=torch.tensor(config.lr, device=weights[0].device), capturable=True)
     if config.optimizer == "muon":
         return Muon(net, dtype, **settings)
     if config.optimizer in ("adamw", "radam"):
@@ -56,9 +58,9 @@ class Muon(torch.optim.AdamW):
             gradients = torch.where(keep > 0, torch.stack([w.grad for w in weights]), torch.stack(momenta))
             torch._foreach_lerp_(momenta, gradients.unbind(), 0.05)
             nesterov = gradients.lerp(torch.stack(momenta), 0.95)                       # (K, R, C)
-            changes = (orthogonal(nesterov, self.dtype) * keep).to(nesterov)
+            changes = orthogonal(nesterov, self.dtype).to(nesterov) * (-0.2 * max(shape) ** 0.5 * lr * keep)
             torch._foreach_mul_(weights, 1 - lr * decay * keep)
-            torch._foreach_add_(weights, changes.unbind(), alpha=-0.2 * lr * max(shape) ** 0.5)
+            torch._foreach_add_(weights, changes.unbind())
             for weight in weights:
                 weight.grad = None              # AdamW leaves out what has no gradient
         super().step()
@@ -93,6 +95,14 @@ def learning_rate(config, step):
     up = min(1, (step + 1) / max(1, config.warmup))
     left = min(1, (config.steps - step) / max(1, config.warmdown * config.steps))
     return config.lr * up * (0.5 - 0.5 * math.cos(math.pi * left) if config.warmdown else 1)
+
+
+def set_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 @torch.no_grad()

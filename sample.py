@@ -30,7 +30,7 @@ class Options(SamplerFlags):
     batch_size: int = setting(256, "images at a time", least=1)
     device: str = setting("auto", "cuda, mps or cpu")
     dtype: str = setting("auto", "bfloat16 or float32")
-    graph: bool = setting(False, "on a GPU, for many batches of a small network: as one CUDA graph")
+    graph: bool = setting(True, "a GPU replays the network as one CUDA graph")
 
 
 if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
@@ -89,8 +89,8 @@ class Model(NamedTuple):
 def open_model(path, device, dtype="auto", recipe="", vae="", graph=False):
     """A Model from what --ckpt may name; graph: its network as a CUDA graph. ValueError: what is wrong."""
     net, config, names = load_model(path, device, recipe)
-    if graph:
-        net.forward = Graphed(net.forward, device)
+    if graph and device.type == "cuda":
+        net.forward = Graphed(net.forward)
     vae, decode = vae or config.vae, None
     if vae:
         decode = Autoencoder(vae, config.latent_mean, config.latent_std).to(device).decode

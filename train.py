@@ -37,7 +37,7 @@ from engine import (Graphed, Signals, Skipped, autocast, can_compile, clip_gradi
 from latents import decoder, open_latents
 from log import Log, LossByTime, draw_curves, preview, utilisation
 from objective import resolve
-from optim import average, learning_rate, make_optimizer
+from optim import average, learning_rate, make_optimizer, set_rate
 from published import without_sigma
 from sample import Model
 from sampler import check_sampler, time_grid
@@ -145,8 +145,6 @@ def check_setup(config, data, net, before, first, old_names):
         raise ValueError(f"{config.data} has {len(data)} images to train on: lower --batch_size to that")
     if config.fsdp and "RANK" not in os.environ:
         raise ValueError("fsdp needs processes: torchrun --nproc_per_node=N train.py --fsdp ...")
-    if config.graph and (config.fsdp or world * split_batch(config, world) > 1):
-        raise ValueError("a CUDA graph holds the whole step of one process: leave out --graph")
     if guided and config.style != "ft-vs-fe" and not config.init_from:
         raise ValueError(f"style {config.style} needs a teacher: give --init_from, such as runs/shapes")
     if guided and config.style != "fc-vs-xz" and not net.num_classes:
@@ -290,13 +288,23 @@ def main(config):                                                               
     model = wrap(net, device, compiled, config.fsdp)
     model_teacher = wrap(teacher, device, compiled, config.fsdp) if teacher else None
 
-    def loss_and_gradient(*batch):
+    losses, skipped, saved = LossByTime(objective, device), Skipped(device), True
+
+    def learn(x, y, t, z, drop):
         with autocast(device, dtype):
-            loss = objective(model, *batch, model_teacher)                              # (B,)
+            loss = objective(model, x, y, t, z, drop, model_teacher)                    # (B,)
         (not_finite_to_nan(loss) / accumulate).backward()
-        return loss.detach()
-    if config.graph:
-        loss_and_gradient = Graphed(loss_and_gradient, device, net.parameters())
+        losses.add(loss.detach(), t)
+        skipped.look(loss.detach(), t)
+
+    def learn_and_move(*batch):             # no number is looked at, so that one CUDA graph can hold it all
+        learn(*batch)
+        norm = clip_gradient(net, config.grad_clip)             # of all processes, so all skip or none
+        skipped.add(norm.isfinite())
+        optimizer_step(optimizer, norm.isfinite())
+        return norm
+    if config.graph and device.type == "cuda" and not config.fsdp and world * accumulate == 1:
+        learn_and_move = Graphed(learn_and_move, lambda: not getattr(optimizer, "early", False))
     batches = open_batches(data, config, accumulate, first, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device)
 
@@ -312,7 +320,6 @@ def main(config):                                                               
                mininterval=0.5 if sys.stderr.isatty() else 10)
     log = Log(out, config, first, bar.write)
     ema_model = Model(emas[config.ema[0]], config, data.names, device, dtype, decoder(config, device))
-    losses, skipped, saved = LossByTime(objective, device), Skipped(device), True
     clock, clock_step = time.perf_counter(), first
 
     with Signals(control) as signals, bar:
@@ -328,19 +335,14 @@ def main(config):                                                               
 
             if due or save_now:
                 clock, clock_step = time.perf_counter(), step           # not a part of the speed
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+            set_rate(optimizer, learning_rate(config, step))
             for turn in range(accumulate):
                 x, y = (value.to(device, non_blocking=True) for value in next(batches))
                 blocks = blocks_of(config, accumulate, turn)
                 t, z, drop = draw(objective, x, y, config.seed, step, blocks, generator)
-                with gradient_sync(net, model, on=turn == accumulate - 1):
-                    loss = loss_and_gradient(x, y, t, z, drop)
-                losses.add(loss, t)
-                skipped.look(loss, t)
-            norm = clip_gradient(net, config.grad_clip)         # of all processes, so all skip or none
-            skipped.add(norm.isfinite())
-            optimizer_step(optimizer, norm.isfinite())
+                last = turn == accumulate - 1
+                with gradient_sync(net, model, on=last):
+                    norm = (learn_and_move if last else learn)(x, y, t, z, drop)
             for decay, ema in emas.items():
                 average(ema, net, decay, step)
             if teacher and config.style == "ft-vs-fe":

@@ -81,8 +81,8 @@ def once(call, device):
 
 
 def timed(call, device, seconds):
-    """(median seconds of call() after three calls that compile and warm up, seconds of the first call)."""
-    first, _, _ = (once(call, device) for _ in range(3))
+    """(median seconds of call() after eight that compile, warm up and record, seconds of the first)."""
+    first, *_ = (once(call, device) for _ in range(8))
     times = []
     while len(times) < 3 or sum(times) < seconds:
         times.append(once(call, device))
@@ -132,7 +132,7 @@ def compiled_net(net, device, how):
 def sampling_net(net, device, how):
     """As sample.py does, but compiled."""
     if how == "graphs":
-        net.forward = Graphed(net.forward, device)
+        net.forward = Graphed(net.forward)
     return compiled_net(net.eval(), device, how)
 
 
@@ -144,18 +144,18 @@ def train_step(config, net, batch, device, dtype, compiled):
     x, y = make_batch(net, batch, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
 
-    def loss_and_gradient(*batch):
+    def learn_and_move(*batch):
         with autocast(device, dtype):
             loss = objective(model, *batch, model_teacher)
         loss.mean().backward()
-        return loss.detach()
-    if compiled == "graphs":
-        loss_and_gradient = Graphed(loss_and_gradient, device, net.parameters())
-
-    def step():
-        loss_and_gradient(x, y, *objective.draw(x, y, generator))
         norm = clip_gradient(net, config.grad_clip)
         optimizer_step(optimizer, norm.isfinite())
+        return norm
+    if compiled == "graphs":
+        learn_and_move = Graphed(learn_and_move, lambda: not getattr(optimizer, "early", False))
+
+    def step():
+        learn_and_move(x, y, *objective.draw(x, y, generator))
         average(ema, net, 0.999, 100)
         if config.style == "ft-vs-fe":
             average(teacher, net, 0.999, 100)
