@@ -39,7 +39,7 @@ class Tape(TorchDispatchMode):
         if operation._schema.name in LOOKS:
             raise RuntimeError(f"{operation} while a graph is recorded")
         for value in tree_leaves((arguments, more)):
-            if type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type == "cpu":
+            if isinstance(value, torch.Tensor) and value.is_cpu and not value._is_zerotensor():
                 memory = value.untyped_storage()
                 if memory.data_ptr() not in self.before:
                     self.before[memory.data_ptr()] = memory, memory.clone()
