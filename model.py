@@ -44,19 +44,20 @@ def position_table(grid, width):
 
 
 def rotary_table(grid, head_width):
-    """cos and sin, (N, E) each: the first half of a head turns with the row, the second with the column."""
+    """cos and -+sin, (N, 1, E) each: the first half of a head turns with the row, the second with the
+    column."""
     freq = 10000.0 ** (-torch.arange(0, head_width // 2, 2, dtype=torch.float64) / (head_width // 2))
     axis = torch.arange(grid, dtype=torch.float64)[:, None] * freq                  # (G, E/4)
     axis = axis.repeat_interleave(2, 1)                                             # (G, E/2)
     angle = torch.cat([axis.repeat_interleave(grid, 0), axis.repeat(grid, 1)], dim=1)        # (N, E)
-    return angle.cos().float(), angle.sin().float()
+    angle[:, ::2] *= -1                                                             # x0 gets -sin, x1 sin
+    return angle[:, None].cos().float(), angle[:, None].sin().float()
 
 
 def rotate(x, cos, sin):
-    """Turn each neighbouring pair (x0, x1) of a head by its angle; (B, A, N, E) in, the same out."""
-    x1_x0 = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                           # (B, A, N, E)
-    sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1                   # -1, 1, -1, 1, ...
-    return x * cos + x1_x0 * (sign * sin)
+    """Turn each neighbouring pair (x0, x1) of a head by its angle; (B, N, A, E) in, the same out."""
+    x1_x0 = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                           # (B, N, A, E)
+    return x * cos + x1_x0 * sin
 
 
 # ---- pieces -------------------------------------------------------------------------------------------
@@ -115,13 +116,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, rope):
-        heads = lambda part: part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        q, k, v = map(heads, self.qkv(x).chunk(3, dim=-1))                          # (B, A, N, E) each
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)          # (B, N, A, E) each
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        x = attend(q.to(v.dtype), k.to(v.dtype), v)                                 # (B, A, N, E)
-        return self.proj(rearrange(x, "b a n e -> b n (a e)"))                      # (B, N, D)
+        q, k, v = (part.to(v.dtype).transpose(1, 2) for part in (q, k, v))          # (B, A, N, E) each
+        return self.proj(rearrange(attend(q, k, v), "b a n e -> b n (a e)"))        # (B, N, D)
 
 
 class Mlp(nn.Module):
@@ -226,7 +226,7 @@ class DiT(nn.Module):
     def forward(self, x, t, y):
         x_t, rope = x, None
         if self.rope_cos is not None:
-            rope = self.rope_cos, self.rope_sin                                     # (N, E) each
+            rope = self.rope_cos, self.rope_sin                                     # (N, 1, E) each
         x = self.x_embedder(x) + self.pos_embed                                     # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)                                 # (B, D)
         for block in self.blocks:

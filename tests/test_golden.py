@@ -96,8 +96,9 @@ def test_network(name, family, device="cpu"):
               **FAMILIES[family])
     rotary = {key: weights.pop(key) for key in list(weights) if key.startswith("feat_rope")}
     if rotary:
-        assert_close(net.rope_cos, rotary["feat_rope.freqs_cos"])
-        assert_close(net.rope_sin, rotary["feat_rope.freqs_sin"])
+        signs = torch.tensor([-1.0, 1.0]).repeat(net.rope_sin.shape[-1] // 2)
+        assert_close(net.rope_cos[:, 0], rotary["feat_rope.freqs_cos"])
+        assert_close(net.rope_sin[:, 0] * signs, rotary["feat_rope.freqs_sin"])
     assert_close(net.pos_embed.data, weights["pos_embed"], rtol=0, atol=0)
     net.load_state_dict(weights, strict=True)
     with torch.no_grad():

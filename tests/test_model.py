@@ -63,8 +63,9 @@ def test_patch_must_divide_the_image():
 
 def test_rotary_scores_depend_on_relative_position_only():
     cos, sin = rotary_table(6, 16)
-    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 36, 16)
-    score = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0].view(6, 6, 6, 6)
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 36, 1, 16)
+    q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
+    score = (q @ k.mT)[0, 0].view(6, 6, 6, 6)
     assert_close(score[:5, :5, :5, :5], score[1:, 1:, 1:, 1:])
     assert (score[0, 0] - score[0, 0, 0, 0]).abs().max() > 1e-3
 
