@@ -13,7 +13,7 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # with a fixed order of sums (engine.wrap)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # for sums in a fixed order (engine.fix_order)
 
 
 def setting(default, text, group=None, least=-math.inf, most=math.inf):
@@ -46,7 +46,7 @@ class Config:
     threads: int = setting(0, "of each process on a CPU; 0: one a core", least=0)
     dtype: str = setting("auto", "bfloat16 or float32; auto: bfloat16 where it is faster")
     compile: bool | None = setting(None, "default: on a GPU, and on a CPU with a C++ compiler")
-    graph: bool = setting(True, "one process on a GPU replays its step as one CUDA graph")
+    exact: bool = setting(False, "on a GPU: the same command gives the same bytes, as on a CPU")
     fsdp: bool = setting(False, "FSDP2, for networks that do not fit one GPU")
     grad_checkpoint: bool = setting(False, "less memory, a third more time")
 
@@ -130,7 +130,7 @@ WORDS = {"optimizer": ("adamw", "radam", "muon"), "dtype": ("auto", "bfloat16", 
          "report_to": ("", "tensorboard", "wandb")}
 
 # What may differ between a run and its continuation: where and how fast it runs, and what it tells.
-FREE = set("""out steps device compile graph threads micro_batch fsdp grad_checkpoint fresh allow_change
+FREE = set("""out steps device compile exact threads micro_batch fsdp grad_checkpoint fresh allow_change
            log_every save_every report_to about""".split())
 
 

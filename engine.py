@@ -160,19 +160,20 @@ def can_compile(device):
     return device.type == "cuda" or device.type == "cpu" and bool(shutil.which(os.environ.get("CXX", "g++")))
 
 
+def fix_order(device, compiled, exact):
+    """Give sums a fixed order, so that the same command gives the same bits. On a CPU always: in compiled
+    code two threads would add up the gradient of the classes in any order. On a GPU attention and index_add
+    would; with `exact` they do not, at the price of some percent."""
+    on = exact if device.type == "cuda" else compiled and device.type == "cpu"
+    torch.use_deterministic_algorithms(on)              # with warn_only attention would be in any order
+    torch.utils.deterministic.fill_uninitialized_memory = False         # a help in debugging that costs time
+
+
 def wrap(net, device, compiled, fsdp=False):
     """The network as the loop calls it: DDP where there are several processes. It is compiled block by block
     (in place), so that equal blocks are compiled once: XL starts in seconds. On a CPU the whole network is
-    compiled: that starts in twice the time, and its steps are 9 % faster.
-
-    Sums have a fixed order, so that the same command gives the same bits: on a CPU two threads would else add
-    up the gradient of the classes in any order, on a GPU attention and index_add would. There an empty
-    CUBLAS_WORKSPACE_CONFIG, which cuBLAS needs for it, turns it off."""
+    compiled: that starts in twice the time, and its steps are 9 % faster."""
     model, on_cpu = net, device.type == "cpu"
-    exact_products = os.environ.get("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8")
-    if compiled if on_cpu else device.type == "cuda" and exact_products:
-        torch.use_deterministic_algorithms(True)        # with warn_only attention would be in any order
-        torch.utils.deterministic.fill_uninitialized_memory = False     # a help in debugging that costs time
     if compiled and not on_cpu:
         for block in [*net.blocks, *filter(None, [getattr(net, "final_layer", None)])]:  # not all have one
             block.compile()
@@ -213,7 +214,7 @@ class Graphed:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.output = self.call(*self.inputs)
         except RuntimeError as error:
-            error.add_note("this could not be recorded as a CUDA graph: --no-graph does without")
+            error.add_note("this could not be recorded as a CUDA graph: --no-compile does without")
             raise
         torch.clear_autocast_cache()
         self.graph = graph

@@ -42,7 +42,6 @@ class Options(SamplerFlags):
     batch_size: int = setting(100, "images at a time", least=1)
     device: str = setting("auto", "cuda, mps or cpu")
     dtype: str = setting("auto", "of the sampler's network: bfloat16 or float32")
-    graph: bool = setting(True, "a GPU replays the network as one CUDA graph")
 
 
 if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
@@ -374,7 +373,7 @@ def evaluate(options):
         raise ValueError(f"unknown metrics {', '.join(sorted(wrong))}; use some of fid,sfid,is,kid,pr")
     model = None
     if options.ckpt:
-        model = open_model(options.ckpt, device, options.dtype, graph=options.graph)
+        model = open_model(options.ckpt, device, options.dtype, graph=True)
     kind, keep, labelled = pick_features(options, model), "kid" in metrics or "pr" in metrics, False
     floor = made = None
     source = options.ref or options.data or model.config.data

@@ -30,7 +30,6 @@ class Options(SamplerFlags):
     batch_size: int = setting(256, "images at a time", least=1)
     device: str = setting("auto", "cuda, mps or cpu")
     dtype: str = setting("auto", "bfloat16 or float32")
-    graph: bool = setting(True, "a GPU replays the network as one CUDA graph")
 
 
 if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
@@ -87,7 +86,8 @@ class Model(NamedTuple):
 
 
 def open_model(path, device, dtype="auto", recipe="", vae="", graph=False):
-    """A Model from what --ckpt may name; graph: its network as a CUDA graph. ValueError: what is wrong."""
+    """A Model from what --ckpt may name; graph: on a GPU its network is one CUDA graph, for many calls
+    without gradient. ValueError: what is wrong."""
     net, config, names = load_model(path, device, recipe)
     if graph and device.type == "cuda":
         net.forward = Graphed(net.forward)
@@ -237,7 +237,7 @@ def main(options):
     init_distributed()
     path = options.ckpt or newest_model(options.recipe)
     open_path = lambda path: open_model(path, pick_device(options.device), options.dtype, options.recipe,
-                                        options.vae, options.graph)
+                                        options.vae, graph=True)
     model = open_path(path)
     if options.classes and not model.names:
         raise ValueError(f"{path} was trained without classes: leave --classes out")

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import build
 from config import Config, read_flags, setting
 from data import Shapes
-from engine import Graphed, autocast, clip_gradient, optimizer_step, pick_device, pick_dtype, run, wrap
+from engine import (Graphed, autocast, clip_gradient, fix_order, optimizer_step, pick_device, pick_dtype, run,
+                    wrap)
 from log import flops_per_image, forwards, peak_memory
 from model import DiT
 from sampler import count_nfe, sample, time_grid
@@ -50,6 +51,7 @@ class Options:
     seconds: float = setting(3.0, "of measuring, for each row")
     kernels: int = setting(0, "below each row its slowest kernels, as many as this", least=0)
     baseline: bool = setting(False, "also timm's blocks (pip install timm) and diffusers' DiT")
+    exact: bool = setting(False, "on a GPU: sums in a fixed order, as train.py --exact")
     device: str = setting("auto", "cuda, mps or cpu")
 
 
@@ -261,6 +263,7 @@ def main(options):
     build_net = lambda: build(config, (options.channels, options.size, options.size), options.classes)
     with torch.device("meta"):
         flops = flops_per_image(build_net())
+    fix_order(device, True, options.exact)
     there = torch.device("cpu" if device.type == "mps" else device)     # XL takes seconds on a CPU
     dtypes = [pick_dtype(name, device) for name in options.dtypes.split(",")]
     if options.baseline and torch.float32 not in dtypes:

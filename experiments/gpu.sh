@@ -25,16 +25,17 @@ score() { part "$1" "$2" python3 fid.py --device "$device" --ckpt "$out/${2#scor
 graphs=graphs && [ "$device" = cpu ] && graphs=yes      # a CPU has none
 
 # XL, for the published code's figures: lam 0 to 55 % of the products, fc-vs-fe to 260 images a second
-bench 60 xl $graphs --modes train,tune --only '0$|fe$' --kernels 20
-bench 40 xl-128 $graphs --modes train,tune --only '0$|fc-vs-fe$' --batches 128
+bench 55 xl $graphs --modes train,tune --only '0$|fe$' --kernels 20
+bench 35 xl-128 $graphs --modes train,tune --only '0$|fc-vs-fe$' --batches 128
 bench 30 xl-sample $graphs --modes sample --only '2 '
 # what the host's launches cost a large network, and the order of the sums
-bench 35 xl-launched yes --modes train --only '0$'
-CUBLAS_WORKSPACE_CONFIG='' bench 70 xl-any-order $graphs --modes train,tune --only '0$|fc-vs-fe$' --batches 64,128
-# the quick start, from nothing and tuned; the same command again gives the same weights; without the graph
+bench 30 xl-launched yes --modes train --only '0$'
+bench 70 xl-exact $graphs --modes train,tune --only '0$|fc-vs-fe$' --batches 64,128 --exact
+# the quick start, from nothing and tuned; the same command again gives the same weights; without compiler and graph
 train 40 default $steps
-train 40 again $steps
-train 30 plain --steps $plain --no-graph
+train 50 exact $steps --exact
+train 50 again $steps --exact
+train 30 plain --steps $plain --no-compile
 train 25 few $steps --recipe shapes-few --init_from "$out/default"
 score 15 score-default
 score 15 score-few
@@ -45,7 +46,7 @@ for path in sys.argv[1:]:
     weights = sorted(load_file(path).items())
     print(hashlib.sha256(b"".join(value.tobytes() for _, value in weights)).hexdigest(), path)
 PYTHON
-[ "$device" = cpu ] || part 75 tests python3 -m pytest -v --tb=short -m cuda
+[ "$device" = cpu ] || part 70 tests python3 -m pytest -v --tb=short -m cuda
 
 tail -n 80 "$out"/*.txt | grep -v '^$'
 for run in default plain few; do grep -h images_per_s "$out/$run/log.jsonl" | tail -n 1; done

@@ -152,7 +152,7 @@ def test_what_looks_at_a_number_cannot_be_recorded(tape):
     with pytest.raises(RuntimeError, match="while a graph is recorded") as found:
         for _ in range(4):
             step(torch.ones(3))
-    assert "--no-graph" in found.value.__notes__[0]
+    assert "--no-compile" in found.value.__notes__[0]
 
 
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch):
