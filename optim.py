@@ -97,6 +97,13 @@ def learning_rate(config, step):
     return config.lr * up * (0.5 - 0.5 * math.cos(math.pi * left) if config.warmdown else 1)
 
 
+def recordable(optimizer):
+    """Can a CUDA graph hold its step? It must find the rate in a tensor, or the rate would be that of the
+    recording for ever, and may look at no number, as RAdam does early on."""
+    tensors = all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
+    return tensors and not getattr(optimizer, "early", False)
+
+
 def set_rate(optimizer, lr):
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):

@@ -37,7 +37,7 @@ from engine import (Graphed, Signals, Skipped, autocast, can_compile, clip_gradi
 from latents import decoder, open_latents
 from log import Log, LossByTime, draw_curves, preview, utilisation
 from objective import resolve
-from optim import average, learning_rate, make_optimizer, set_rate
+from optim import average, learning_rate, make_optimizer, recordable, set_rate
 from published import without_sigma
 from sample import Model
 from sampler import check_sampler, time_grid
@@ -304,7 +304,7 @@ def main(config):                                                               
         optimizer_step(optimizer, norm.isfinite())
         return norm
     if compiled and device.type == "cuda" and not config.fsdp and world * accumulate == 1:
-        learn_and_move = Graphed(learn_and_move, lambda: not getattr(optimizer, "early", False))
+        learn_and_move = Graphed(learn_and_move, lambda: recordable(optimizer))
     batches = open_batches(data, config, accumulate, first, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device)
 

@@ -33,7 +33,7 @@ from engine import (Graphed, autocast, clip_gradient, fix_order, optimizer_step,
 from log import flops_per_image, forwards, peak_memory
 from model import DiT
 from sampler import count_nfe, sample, time_grid
-from optim import average, make_optimizer
+from optim import average, make_optimizer, recordable
 
 
 @dataclass
@@ -154,7 +154,7 @@ def train_step(config, net, batch, device, dtype, compiled):
         optimizer_step(optimizer, norm.isfinite())
         return norm
     if compiled == "graphs":
-        learn_and_move = Graphed(learn_and_move, lambda: not getattr(optimizer, "early", False))
+        learn_and_move = Graphed(learn_and_move, lambda: recordable(optimizer))
 
     def step():
         learn_and_move(x, y, *objective.draw(x, y, generator))

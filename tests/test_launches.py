@@ -25,7 +25,7 @@ from log import LossByTime
 from objective import TRANSPORTS, Objective
 from sampler import sample
 from train import draw
-from optim import average, learning_rate, make_optimizer, set_rate
+from optim import average, learning_rate, make_optimizer, recordable, set_rate
 
 LOOKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
 
@@ -124,7 +124,7 @@ def test_a_replayed_step_is_the_step(tape, settings, name):
             optimizer_step(optimizer, norm.isfinite())
             return norm
         if graph:
-            learn_and_move = Graphed(learn_and_move, lambda o=optimizer: not getattr(o, "early", False))
+            learn_and_move = Graphed(learn_and_move, lambda o=optimizer: recordable(o))
         for step, batch in enumerate(steps):
             set_rate(optimizer, learning_rate(config, step))
             norms.append(learn_and_move(*batch))
@@ -132,6 +132,22 @@ def test_a_replayed_step_is_the_step(tape, settings, name):
     assert len(tape) == 1 and len(tape[0].rows) > 100
     assert ends[0][0] != ends[0][1] and ends[0][-1].isfinite().all()
     assert_close(*ends, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_rate_that_is_no_tensor_is_never_recorded(tape):
+    """A graph would keep the rate of its recording: SGD of a fork trains by plain steps."""
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+
+    def move():
+        weight.grad = torch.ones(())
+        optimizer.step()
+        return weight.detach()
+    step = Graphed(move, lambda: recordable(optimizer))
+    for k in range(8):
+        set_rate(optimizer, k)
+        step()
+    assert weight == -28 and not tape
 
 
 def test_a_replayed_network_draws_the_same_images_and_other_shapes_go_past_it(tape):
