@@ -33,6 +33,4 @@ PYTHON
 python3 train.py --recipe folder $flags --out "$out/many" --steps "$steps" --lr 3e-3
 python3 train.py --recipe folder-few $flags --out "$out/few" --steps $((steps / 8)) --init_from "$out/many" \
   --optimizer muon --lr 3e-3 --warmup 100 --ema 0.995 --dt 0.1 --rho 0.5 --gap 0.001,0.75
-draw() { python3 sample.py --ckpt "$out/$1" --steps "$2" --num 40 --out "$out/$2.png" --device "$device"; }
-draw many 40
-for calls in 4 2 1; do draw few $calls; done
+python3 experiments/grids.py --few "$out/few" --many "$out/many" --columns 10 --rows 3 --out "$out/emoji.png"

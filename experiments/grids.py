@@ -36,7 +36,7 @@ def main(options):
     seeds, blocks = range(options.columns * options.rows), []
     one, few, many = options.one or options.few, options.few, options.many
     for path, steps in ((one, 1), (few, 2), (few, 4), (many, 40)):
-        model = open_model(path, pick_device("cpu"))
+        model = open_model(path, pick_device("auto"))
         x = torch.cat([x for _, x, _ in generate(model, seeds, 256, steps=steps)])
         calls = model.nfe(steps=steps)
         blocks.append((f"{calls} network call{'s' * (calls > 1)}", image_grid(x, options.columns)))
