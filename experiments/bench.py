@@ -45,7 +45,7 @@ class Options:
     x_pred: bool = setting(True, "as the default recipe has it; --no-x_pred for models of latents")
     batches: str = setting("64", "images in a batch, several with commas")
     dtypes: str = setting("auto", "bfloat16, float32 or both, with commas")
-    compiles: str = setting("yes,no", "yes: as train.py does; no; graphs: yes, as CUDA graphs")
+    compiles: str = setting("yes,no", "yes: as train.py does; no; launched: yes, but without CUDA graphs")
     modes: str = setting("train,tune,sample", "what to time")
     only: str = setting("", "the rows whose name this regular expression fits, such as fc-vs-fe")
     seconds: float = setting(3.0, "of measuring, for each row")
@@ -133,7 +133,7 @@ def compiled_net(net, device, how):
 
 def sampling_net(net, device, how):
     """As sample.py does, but compiled."""
-    if how == "graphs":
+    if how == "yes" and device.type == "cuda":
         net.forward = Graphed(net.forward)
     return compiled_net(net.eval(), device, how)
 
@@ -153,7 +153,7 @@ def train_step(config, net, batch, device, dtype, compiled):
         norm = clip_gradient(net, config.grad_clip)
         optimizer_step(optimizer, norm.isfinite())
         return norm
-    if compiled == "graphs":
+    if compiled == "yes" and device.type == "cuda":
         learn_and_move = Graphed(learn_and_move, lambda: recordable(optimizer))
 
     def step():
