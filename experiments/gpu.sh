@@ -9,9 +9,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=runs/gpu device=${DEVICE:-cuda}
 rm -rf "$out" && mkdir -p "$out"
-xl="--model TiT-XL/1 --size 16 --channels 32 --classes 1000 --no-x_pred --seconds 2" steps="" few=400
+xl="--model TiT-XL/1 --size 16 --channels 32 --classes 1000 --no-x_pred --seconds 2" steps="" short=400
 if [ "$device" = cpu ]; then
-  xl="--model TiT-XXS/1 --size 4 --channels 4 --classes 10 --no-x_pred --seconds 0.1" steps="--steps 20" few=20
+  xl="--model TiT-XXS/1 --size 4 --channels 4 --classes 10 --no-x_pred --seconds 0.1" steps="--steps 20" short=20
 fi
 part() {    # SECONDS NAME COMMAND...: its output, its status and how long it took
   [[ $2 =~ ${PARTS:-.} ]] || return 0
@@ -33,9 +33,9 @@ bench 45 xl-launched launched --modes train --only '0$'
 bench 60 xl-exact yes --modes train,tune --only '0$|fc-vs-fe$' --exact
 # the quick start, from nothing and tuned; the same command again gives the same weights; without compiler and graph
 train 60 default $steps
-train 40 exact --steps $few --exact
-train 40 again --steps $few --exact
-train 40 plain --steps $few --no-compile
+train 40 exact --steps $short --exact
+train 40 again --steps $short --exact
+train 40 plain --steps $short --no-compile
 train 40 few $steps --recipe shapes-few --init_from "$out/default"
 score 30 score-default
 score 30 score-few
