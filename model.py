@@ -44,14 +44,20 @@ def position_table(grid, width):
 
 
 def rotary_table(grid, head_width):
-    """cos and -+sin, (N, 1, E) each: the first half of a head turns with the row, the second with the
-    column."""
+    """As `turns` gives it: the first half of a head turns with the row, the second with the column."""
     freq = 10000.0 ** (-torch.arange(0, head_width // 2, 2, dtype=torch.float64) / (head_width // 2))
     axis = torch.arange(grid, dtype=torch.float64)[:, None] * freq                  # (G, E/4)
     axis = axis.repeat_interleave(2, 1)                                             # (G, E/2)
     angle = torch.cat([axis.repeat_interleave(grid, 0), axis.repeat(grid, 1)], dim=1)        # (N, E)
-    angle[:, ::2] *= -1                                                             # x0 gets -sin, x1 sin
-    return angle[:, None].cos().float(), angle[:, None].sin().float()
+    return turns(angle)
+
+
+def turns(angle):
+    """cos, and sin with the sign that it has in (x0 cos - x1 sin, x1 cos + x0 sin), of angles (N, E) that are
+    equal in each pair: (N, 1, E) each, the same for all heads."""
+    cos, sin = angle[:, None].cos(), angle[:, None].sin()
+    sin[..., ::2] *= -1
+    return cos.float(), sin.float()
 
 
 def rotate(x, cos, sin):

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import FAMILIES, NORMS, SIZES, Attention, DiT, LabelEmbed, TimeEmbed
+from model import FAMILIES, NORMS, SIZES, Attention, DiT, LabelEmbed, TimeEmbed, turns
 
 # Where the hub has weights for a recipe: the repository, then patterns of file names.
 UCGM_HOME = "sp12138sp/UCGM"
@@ -146,8 +146,7 @@ class DDT(nn.Module):
         axis = place[:, None] * freq                                                    # (G, E/4)
         angle = torch.stack([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], -1)
         angle = angle.flatten(1).repeat_interleave(2, 1)            # (N, E): column and row in turn
-        rope = torch.stack([angle.cos(), angle.sin()]).float()                          # (2, N, E)
-        self.register_buffer("rope", rope, persistent=False)
+        self.register_buffer("rope", torch.stack(turns(angle)), persistent=False)       # (2, N, 1, E)
 
     def forward(self, x, t, y):
         patches = F.unfold(x, self.patch_size, stride=self.patch_size).transpose(1, 2)  # (B, N, C*P*P)
