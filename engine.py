@@ -161,10 +161,12 @@ def can_compile(device):
 
 
 def fix_order(device, compiled, exact):
-    """Give sums a fixed order, so that the same command gives the same bits. On a CPU always: in compiled
-    code two threads would add up the gradient of the classes in any order. On a GPU attention and index_add
-    would; with `exact` they do not, at the price of some percent."""
+    """Give sums a fixed order, so that the same command gives the same bits. On a CPU in compiled code, where
+    two threads would add up the gradient of the classes in any order. On a GPU, where attention, index_add
+    and cuBLAS would, only if `exact`: that costs some percent. ValueError when cuBLAS is set otherwise."""
     on = exact if device.type == "cuda" else compiled and device.type == "cpu"
+    if on and device.type == "cuda" and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        raise ValueError("exact wants CUBLAS_WORKSPACE_CONFIG=:4096:8, as it is if nobody sets it: unset it")
     torch.use_deterministic_algorithms(on)              # with warn_only attention would be in any order
     torch.utils.deterministic.fill_uninitialized_memory = False         # a help in debugging that costs time
 
@@ -191,12 +193,13 @@ class Graphed:
     which compile and set up, at least three and until ready(); inputs of another shape are always plain.
 
     A replay reads and writes the memory of the recording and knows no Python: what changes from call to call
-    must be in tensors, and `call` may neither look at a number nor change a setting.
+    must be in tensors. A number of Python keeps the value that it had, and `call` may not look at one of a
+    tensor.
     """
 
     def __init__(self, call, ready=lambda: True):
-        self.call, self.ready, self.plain_calls, self.graph = call, ready, 0, None
-        self.stream = torch.cuda.Stream()
+        self.call, self.ready, self.graph = call, ready, None
+        self.shapes, self.plain_calls, self.stream = None, 0, torch.cuda.Stream()
 
     def aside(self, inputs):
         """A plain call on the stream that records."""
@@ -214,19 +217,23 @@ class Graphed:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.output = self.call(*self.inputs)
         except RuntimeError as error:
-            error.add_note("this could not be recorded as a CUDA graph: --no-compile does without")
+            error.add_note("this cannot be recorded as a CUDA graph: take train.py --no-compile (its models "
+                           "are drawn without one, too), or sample.open_model(graph=False)")
             raise
         torch.clear_autocast_cache()
         self.graph = graph
 
     def __call__(self, *inputs):
-        if self.graph is None:
-            if self.plain_calls < 3 or not self.ready():
-                self.plain_calls += 1
-                return self.aside(inputs)
-            self.record(inputs)
-        if [value.shape for value in inputs] != [value.shape for value in self.inputs]:
+        shapes = [value.shape for value in inputs]
+        if self.graph is None and shapes != self.shapes:
+            self.shapes, self.plain_calls = shapes, 0
+        if shapes != self.shapes:
             return self.call(*inputs)
+        if self.graph is None and (self.plain_calls < 3 or not self.ready()):
+            self.plain_calls += 1
+            return self.aside(inputs)
+        if self.graph is None:
+            self.record(inputs)
         for mine, value in zip(self.inputs, inputs):
             mine.copy_(value)
         self.graph.replay()

@@ -99,9 +99,10 @@ def learning_rate(config, step):
 
 def recordable(optimizer):
     """Can a CUDA graph hold its step? It must find the rate in a tensor, or the rate would be that of the
-    recording for ever, and may look at no number, as RAdam does early on."""
+    recording for ever, and may look at no number, as RAdam does early on and what is not fused always."""
     tensors = all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
-    return tensors and not getattr(optimizer, "early", False)
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return tensors and fused and not getattr(optimizer, "early", False)
 
 
 def set_rate(optimizer, lr):

@@ -87,9 +87,9 @@ class Model(NamedTuple):
 
 def open_model(path, device, dtype="auto", recipe="", vae="", graph=False):
     """A Model from what --ckpt may name; graph: on a GPU its network is one CUDA graph, for many calls
-    without gradient. ValueError: what is wrong."""
+    without gradient, unless it was trained with --no-compile. ValueError: what is wrong."""
     net, config, names = load_model(path, device, recipe)
-    if graph and device.type == "cuda":
+    if graph and device.type == "cuda" and config.compile is not False:
         net.forward = Graphed(net.forward)
     vae, decode = vae or config.vae, None
     if vae:

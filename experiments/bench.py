@@ -263,7 +263,6 @@ def main(options):
     build_net = lambda: build(config, (options.channels, options.size, options.size), options.classes)
     with torch.device("meta"):
         flops = flops_per_image(build_net())
-    fix_order(device, True, options.exact)
     there = torch.device("cpu" if device.type == "mps" else device)     # XL takes seconds on a CPU
     dtypes = [pick_dtype(name, device) for name in options.dtypes.split(",")]
     if options.baseline and torch.float32 not in dtypes:
@@ -283,6 +282,7 @@ def main(options):
         for peer, make in nets.items():
             for what, prepare in cases(options.modes, options.only, bool(peer)).items():
                 torch._dynamo.reset()
+                fix_order(device, word != "no", options.exact)
                 torch.manual_seed(0)
                 with there:
                     net = make()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Emoji at 64 pixels on one GPU: train for STEPS steps, tune to two for an eighth as many, draw.
+# Emoji at 64 pixels on one GPU: train for STEPS steps, tune to two network calls in an
+# eighth of the steps, draw.
 #
 #     npm pack emoji-datasource-google && tar xf emoji-datasource-google-*.tgz    # makes package/, without a GPU
 #     bash experiments/emoji.sh                                                   # emoji64.npz and runs/emoji
@@ -33,4 +34,5 @@ PYTHON
 python3 train.py --recipe folder $flags --out "$out/many" --steps "$steps" --lr 3e-3
 python3 train.py --recipe folder-few $flags --out "$out/few" --steps $((steps / 8)) --init_from "$out/many" \
   --optimizer muon --lr 3e-3 --warmup 100 --ema 0.995 --dt 0.1 --rho 0.5 --gap 0.001,0.75
-python3 experiments/grids.py --few "$out/few" --many "$out/many" --columns 10 --rows 3 --out "$out/emoji.png"
+python3 experiments/grids.py --few "$out/few" --many "$out/many" --columns 10 --rows 3 --device "$device" \
+  --out "$out/emoji.png"

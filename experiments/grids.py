@@ -28,6 +28,7 @@ class Options:
     columns: int = setting(8, "images in a row of a block")
     rows: int = setting(4, "rows of a block")
     across: int = setting(2, "blocks beside each other")
+    device: str = setting("cpu", "cuda, mps or cpu")
 
 
 def main(options):
@@ -36,7 +37,7 @@ def main(options):
     seeds, blocks = range(options.columns * options.rows), []
     one, few, many = options.one or options.few, options.few, options.many
     for path, steps in ((one, 1), (few, 2), (few, 4), (many, 40)):
-        model = open_model(path, pick_device("auto"))
+        model = open_model(path, pick_device(options.device))
         x = torch.cat([x for _, x, _ in generate(model, seeds, 256, steps=steps)])
         calls = model.nfe(steps=steps)
         blocks.append((f"{calls} network call{'s' * (calls > 1)}", image_grid(x, options.columns)))

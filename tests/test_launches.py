@@ -9,6 +9,7 @@ import copy
 import ctypes
 import os
 import platform
+from functools import partial
 
 import pytest
 import torch
@@ -105,8 +106,8 @@ SETTINGS = [dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), FEW,
 
 @pytest.mark.parametrize("settings, name", [*((s, "muon") for s in SETTINGS), (FEW, "radam"), ({}, "adamw")])
 def test_a_replayed_step_is_the_step(tape, settings, name):
-    """The same norms and weights, bit for bit, while data, noise, times, weights and the rate change, and
-    where a step is left out. RAdam's early steps look at a number, and are not recorded."""
+    """The same norms, losses and weights, bit for bit, while data, noise, times, weights and the rate change,
+    and where a step is left out. RAdam's early steps look at a number, and are not recorded."""
     objective, (net, teacher) = Objective(**settings), networks(2)
     config, ends = Config(optimizer=name, lr=0.01, steps=12, warmup=9), []
     steps = list(batches(objective, config.steps))
@@ -114,13 +115,17 @@ def test_a_replayed_step_is_the_step(tape, settings, name):
     for graph in (False, True):
         ours = copy.deepcopy(net)
         optimizer, norms = make_optimizer(config, ours, torch.float32), []
+        losses, skipped = LossByTime(objective, "cpu"), engine.Skipped("cpu")
         optimizer.param_groups[0]["lr"] = torch.tensor(config.lr)           # as it is on a GPU
 
-        def learn_and_move(*batch, ours=ours, optimizer=optimizer):
+        def learn_and_move(*batch, ours=ours, optimizer=optimizer, losses=losses, skipped=skipped):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = objective(ours, *batch, teacher)
             not_finite_to_nan(loss).backward()
+            losses.add(loss.detach(), batch[2])
+            skipped.look(loss.detach(), batch[2])
             norm = clip_gradient(ours, 1.0)
+            skipped.add(norm.isfinite())
             optimizer_step(optimizer, norm.isfinite())
             return norm
         if graph:
@@ -128,26 +133,30 @@ def test_a_replayed_step_is_the_step(tape, settings, name):
         for step, batch in enumerate(steps):
             set_rate(optimizer, learning_rate(config, step))
             norms.append(learn_and_move(*batch))
+            if step % 4 == 3:
+                norms += [losses.take()["loss"], skipped.take(step, None, str)]
         ends.append([*norms, *ours.parameters()])
     assert len(tape) == 1 and len(tape[0].rows) > 100
-    assert ends[0][0] != ends[0][1] and ends[0][-1].isfinite().all()
+    assert ends[0][0] != ends[0][1] and ends[0][-1].isfinite().all() and ends[0][17] == 1
     assert_close(*ends, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_rate_that_is_no_tensor_is_never_recorded(tape):
-    """A graph would keep the rate of its recording: SGD of a fork trains by plain steps."""
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, lr=0.0),
+                                  partial(torch.optim.NAdam, lr=torch.tensor(0.0), foreach=False)])
+def test_an_optimiser_that_no_graph_can_hold_is_never_recorded(tape, make):
+    """A graph would keep SGD's rate, which is no tensor; NAdam is not fused, so a number is looked at."""
     weight = torch.nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.SGD([weight], lr=0.0)
+    optimizer, seen = make([weight]), []
 
     def move():
         weight.grad = torch.ones(())
-        optimizer.step()
-        return weight.detach()
+        optimizer_step(optimizer, weight.grad.isfinite())
+        return weight.detach().clone()
     step = Graphed(move, lambda: recordable(optimizer))
-    for k in range(8):
-        set_rate(optimizer, k)
-        step()
-    assert weight == -28 and not tape
+    for rate in (1, 0, 1, 0, 1, 0, 1):
+        set_rate(optimizer, rate)
+        seen.append(step().item())
+    assert [a != b for a, b in zip(seen, seen[1:])] == [False, True] * 3 and not tape
 
 
 def test_a_replayed_network_draws_the_same_images_and_other_shapes_go_past_it(tape):
@@ -161,6 +170,20 @@ def test_a_replayed_network_draws_the_same_images_and_other_shapes_go_past_it(ta
             found, expected = (sample(f, z, y, steps=5, kappa="auto") for f in (recorded, net))
         assert_close(found, expected, rtol=0, atol=0)
     assert len(tape) == 1
+
+
+def test_the_shape_that_comes_often_is_the_one_recorded(tape):
+    double = Graphed(lambda x: 2 * x)
+    for size in (8, 8, 8, 3, 8, 8, 8, 8, 3, 8):
+        assert_close(double(torch.full((size,), size)), torch.full((size,), 2 * size))
+    assert len(tape) == 1 and double.inputs[0].shape == (8,)
+
+
+def test_exact_sums_want_cublas_as_it_is_set(monkeypatch):
+    """Checked before anything is trained: torch itself would end at the first product, or not at all."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    with pytest.raises(ValueError, match="unset it"):
+        engine.fix_order(torch.device("cuda"), True, True)
 
 
 def test_what_looks_at_a_number_cannot_be_recorded(tape):
