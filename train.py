@@ -249,6 +249,7 @@ def last_words(config, stop, step, first, saved):
 def main(config):                                                                       # noqa: C901
     rank, world = rank_and_world()
     device, out = pick_device(config.device), Path(config.out)
+    on_gpu = device.type == "cuda"
     if config.threads:
         torch.set_num_threads(config.threads)
     objective, accumulate = config.objective(), split_batch(config, world)
@@ -303,15 +304,15 @@ def main(config):                                                               
         skipped.add(norm.isfinite())
         optimizer_step(optimizer, norm.isfinite())
         return norm
-    if compiled and device.type == "cuda" and not config.fsdp and world * accumulate == 1:
+    if compiled and on_gpu and not config.fsdp and world * accumulate == 1:
         learn_and_move = Graphed(learn_and_move, lambda: recordable(optimizer))
     batches = open_batches(data, config, accumulate, first, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device)
 
-    millions = sum(p.numel() for p in net.parameters()) / 1e6
+    millions, wait = sum(p.numel() for p in net.parameters()) / 1e6, "15 s" if on_gpu else "a minute"
     print0(f"{config.model}, {millions:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; "
            f"{device}{threads_of(device)}, {config.dtype}"
-           f"{', compiled in the first step: a minute, on a GPU 15 s' * compiled}")
+           f"{f', compiled in the first step: {wait}' * compiled}")
     print0(f"batch {config.batch_size} = {world} process{'es' * (world > 1)} x {accumulate} accumulation "
            f"step{'s' * (accumulate > 1)} x {config.batch_size // world // accumulate} images")
     if state:
