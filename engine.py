@@ -190,11 +190,11 @@ def wrap(net, device, compiled, fsdp=False):
 class Graphed:
     """call(*tensors) -> a tensor, as one CUDA graph: recorded once, then replayed by one launch in place of
     hundreds, for which a small network waits longer than for its arithmetic. The first calls are plain ones,
-    which compile and set up, at least three and until ready(); inputs of another shape are always plain.
+    which compile and set up: at least three, until ready(). Inputs of another shape go to `call` itself.
 
-    A replay reads and writes the memory of the recording and knows no Python: what changes from call to call
-    must be in tensors. A number of Python keeps the value that it had, and `call` may not look at one of a
-    tensor.
+    A replay reads and writes the memory of the recording and runs no Python. So what changes from call to
+    call must be in tensors: a Python number keeps the value that it had. `call` may not read a tensor's
+    value.
     """
 
     def __init__(self, call, ready=lambda: True):
@@ -225,15 +225,15 @@ class Graphed:
 
     def __call__(self, *inputs):
         shapes = [value.shape for value in inputs]
-        if self.graph is None and shapes != self.shapes:
-            self.shapes, self.plain_calls = shapes, 0
+        if self.graph is None:
+            if shapes != self.shapes:
+                self.shapes, self.plain_calls = shapes, 0
+            if self.plain_calls < 3 or not self.ready():
+                self.plain_calls += 1
+                return self.aside(inputs)
+            self.record(inputs)
         if shapes != self.shapes:
             return self.call(*inputs)
-        if self.graph is None and (self.plain_calls < 3 or not self.ready()):
-            self.plain_calls += 1
-            return self.aside(inputs)
-        if self.graph is None:
-            self.record(inputs)
         for mine, value in zip(self.inputs, inputs):
             mine.copy_(value)
         self.graph.replay()

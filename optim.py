@@ -106,6 +106,7 @@ def recordable(optimizer):
 
 
 def set_rate(optimizer, lr):
+    """The rate of the next step, in the tensor that a CUDA graph reads if there is one."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)

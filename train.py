@@ -93,6 +93,25 @@ def draw(objective, x, y, seed, step, blocks, generator):
     return [torch.cat(parts) for parts in zip(*drawn)]
 
 
+def step_of(config, objective, net, model, teacher, optimizer, losses, skipped, device, dtype, accumulate=1):
+    """Two functions of x, y, t, z, drop. learn adds the gradient of a micro-batch. learn_and_move also ends
+    the step, and returns the gradient's norm. Neither reads a tensor's value: a CUDA graph can hold it."""
+    def learn(x, y, t, z, drop):
+        with autocast(device, dtype):
+            loss = objective(model, x, y, t, z, drop, teacher)                          # (B,)
+        (not_finite_to_nan(loss) / accumulate).backward()
+        losses.add(loss.detach(), t)
+        skipped.look(loss.detach(), t)
+
+    def learn_and_move(*batch):
+        learn(*batch)
+        norm = clip_gradient(net, config.grad_clip)             # of all processes, so all skip or none
+        skipped.add(norm.isfinite())
+        optimizer_step(optimizer, norm.isfinite())
+        return norm
+    return learn, learn_and_move
+
+
 # ---- before the first step ----------------------------------------------------------------------------
 
 def find_state(config):
@@ -291,19 +310,8 @@ def main(config):                                                               
     model_teacher = wrap(teacher, device, compiled, config.fsdp) if teacher else None
     losses, skipped, saved = LossByTime(objective, device), Skipped(device), True
 
-    def learn(x, y, t, z, drop):
-        with autocast(device, dtype):
-            loss = objective(model, x, y, t, z, drop, model_teacher)                    # (B,)
-        (not_finite_to_nan(loss) / accumulate).backward()
-        losses.add(loss.detach(), t)
-        skipped.look(loss.detach(), t)
-
-    def learn_and_move(*batch):             # no number is looked at, so that one CUDA graph can hold it all
-        learn(*batch)
-        norm = clip_gradient(net, config.grad_clip)             # of all processes, so all skip or none
-        skipped.add(norm.isfinite())
-        optimizer_step(optimizer, norm.isfinite())
-        return norm
+    learn, learn_and_move = step_of(config, objective, net, model, model_teacher, optimizer, losses, skipped,
+                                    device, dtype, accumulate)
     if compiled and on_gpu and not config.fsdp and world * accumulate == 1:
         learn_and_move = Graphed(learn_and_move, lambda: recordable(optimizer))
     batches = open_batches(data, config, accumulate, first, device)

@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import build
 from config import Config, read_flags, setting
 from data import Shapes
-from engine import (Graphed, autocast, clip_gradient, fix_order, optimizer_step, pick_device, pick_dtype, run,
-                    wrap)
-from log import flops_per_image, forwards, peak_memory
+from engine import Graphed, Skipped, autocast, fix_order, pick_device, pick_dtype, run, wrap
+from log import LossByTime, flops_per_image, forwards, peak_memory
 from model import DiT
 from sampler import count_nfe, sample, time_grid
 from optim import average, make_optimizer, recordable
+from train import step_of
 
 
 @dataclass
@@ -146,13 +146,8 @@ def train_step(config, net, batch, device, dtype, compiled):
     x, y = make_batch(net, batch, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
 
-    def learn_and_move(*batch):
-        with autocast(device, dtype):
-            loss = objective(model, *batch, model_teacher)
-        loss.mean().backward()
-        norm = clip_gradient(net, config.grad_clip)
-        optimizer_step(optimizer, norm.isfinite())
-        return norm
+    _, learn_and_move = step_of(config, objective, net, model, model_teacher, optimizer,
+                                LossByTime(objective, device), Skipped(device), device, dtype)
     if compiled == "yes" and device.type == "cuda":
         learn_and_move = Graphed(learn_and_move, lambda: recordable(optimizer))
 

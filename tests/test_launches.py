@@ -21,13 +21,14 @@ from torch.utils._pytree import tree_leaves
 
 import engine
 from config import Config
-from engine import Graphed, clip_gradient, not_finite_to_nan, optimizer_step
+from engine import Graphed, optimizer_step
 from log import LossByTime
 from objective import TRANSPORTS, Objective
 from sampler import sample
-from train import draw
+from train import draw, step_of
 from optim import average, learning_rate, make_optimizer, recordable, set_rate
 
+CPU = torch.device("cpu")
 LOOKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
 
 
@@ -117,19 +118,10 @@ def test_a_replayed_step_is_the_step(tape, settings, name):
         optimizer, norms = make_optimizer(config, ours, torch.float32), []
         losses, skipped = LossByTime(objective, "cpu"), engine.Skipped("cpu")
         optimizer.param_groups[0]["lr"] = torch.tensor(config.lr)           # as it is on a GPU
-
-        def learn_and_move(*batch, ours=ours, optimizer=optimizer, losses=losses, skipped=skipped):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = objective(ours, *batch, teacher)
-            not_finite_to_nan(loss).backward()
-            losses.add(loss.detach(), batch[2])
-            skipped.look(loss.detach(), batch[2])
-            norm = clip_gradient(ours, 1.0)
-            skipped.add(norm.isfinite())
-            optimizer_step(optimizer, norm.isfinite())
-            return norm
+        _, learn_and_move = step_of(config, objective, ours, ours, teacher, optimizer, losses, skipped, CPU,
+                                    torch.bfloat16)
         if graph:
-            learn_and_move = Graphed(learn_and_move, lambda o=optimizer: recordable(o))
+            learn_and_move = Graphed(learn_and_move, partial(recordable, optimizer))
         for step, batch in enumerate(steps):
             set_rate(optimizer, learning_rate(config, step))
             norms.append(learn_and_move(*batch))
@@ -230,21 +222,17 @@ class Waits(TorchFunctionMode):
 def training_step(settings, optimizer, device):
     """A function that makes one step as train.py does, and six of them made: they set up the optimiser."""
     objective, nets = Objective(**settings), [net.to(device) for net in networks(3)]
-    net, teacher, ema = nets
-    optimizer = make_optimizer(Config(optimizer=optimizer), net, torch.float32)
+    (net, teacher, ema), config = nets, Config(optimizer=optimizer)
+    optimizer = make_optimizer(config, net, torch.float32)
     losses, skipped = LossByTime(objective, device), engine.Skipped(device)
+    _, learn_and_move = step_of(config, objective, net, net, teacher, optimizer, losses, skipped, device,
+                                torch.float32)
     x, y = torch.randn(32, 3, 8, 8, device=device), torch.arange(32, device=device) % 3
     generator = torch.Generator(device)
 
     def step():
-        t, z, drop = draw(objective, x, y, 0, 0, range(2), generator)
-        loss = objective(net, x, y, t, z, drop, teacher)
-        not_finite_to_nan(loss).backward()
-        losses.add(loss.detach(), t)
-        skipped.look(loss.detach(), t)
-        norm = clip_gradient(net, 1.0)
-        skipped.add(norm.isfinite())
-        optimizer_step(optimizer, norm.isfinite())
+        set_rate(optimizer, config.lr)
+        learn_and_move(x, y, *draw(objective, x, y, 0, 0, range(2), generator))
         average(ema, net, 0.99, 1)
     for _ in range(6):
         step()
@@ -254,7 +242,7 @@ def training_step(settings, optimizer, device):
 @pytest.mark.parametrize("optimizer", ["adamw", "radam", "muon"])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_step_of_training_never_waits(settings, optimizer):
-    step = training_step(settings, optimizer, torch.device("cpu"))
+    step = training_step(settings, optimizer, CPU)
     with Waits() as waits:
         step()
     assert len(waits.found) > 20 and not waits.found & Waits.READ
