@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Emoji at 64 pixels on one GPU: train for STEPS steps, tune to two network calls in an
-# eighth of the steps, draw.
+# Emoji at 64 pixels on one GPU: train for STEPS steps, tune to two network calls in an eighth of them, draw.
 #
 #     npm pack emoji-datasource-google && tar xf emoji-datasource-google-*.tgz    # makes package/, without a GPU
 #     bash experiments/emoji.sh                                                   # emoji64.npz and runs/emoji

@@ -31,7 +31,7 @@ bench 30 xl-sample yes --modes sample --only '2 '
 # what the host's launches cost a large network, and the order of the sums
 bench 45 xl-launched launched --modes train --only '0$'
 bench 60 xl-exact yes --modes train,tune --only '0$|fc-vs-fe$' --exact
-# the quick start, from nothing and tuned; the same command again gives the same weights; without compiler and graph
+# the quick start, from nothing and tuned; twice the same command; without compiler and graph
 train 60 default $steps
 train 40 exact --steps $short --exact
 train 40 again --steps $short --exact
