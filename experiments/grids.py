@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import read_flags, setting
 from data import image_grid
 from engine import pick_device, run
-from sample import generate, open_model
+from sample import generate, open_pipeline
 
 GAP, TITLE = 24, 24             # pixels between two blocks, and above each of them
 
@@ -37,7 +37,7 @@ def main(options):
     seeds, blocks = range(options.columns * options.rows), []
     one, few, many = options.one or options.few, options.few, options.many
     for path, steps in ((one, 1), (few, 2), (few, 4), (many, 40)):
-        model = open_model(path, pick_device(options.device))
+        model = open_pipeline(path, pick_device(options.device))
         x = torch.cat([x for _, x, _ in generate(model, seeds, 256, steps=steps)])
         calls = model.nfe(steps=steps)
         blocks.append((f"{calls} network call{'s' * (calls > 1)}", image_grid(x, options.columns)))

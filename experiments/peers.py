@@ -25,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import number_or_word, read_flags, setting
 from data import noise_like_seed, open_dataset, to_uint8
 from engine import autocast, pick_device, run
-from features import SmallFeatures, TwoJudges
+from extras.judges import TwoJudges
+from features import SmallFeatures
 from fid import collect, compare, stream_images
 from model import TimeEmbed
 from objective import expand, predict, resolve
-from sample import open_model
+from sample import open_pipeline
 from sampler import sample, time_grid
 
 
@@ -243,7 +244,7 @@ def main(task, options):
     tasks = {"curves": curves, "meanflow": meanflow}
     if task not in tasks or not options.ckpt:
         raise ValueError("expected curves --ckpt RUN or meanflow --ckpt RUN")
-    model = open_model(options.ckpt, pick_device("cpu"))
+    model = open_pipeline(options.ckpt, pick_device("cpu"))
     if model.config.transport != "linear":
         raise ValueError(f"the peers are for transport linear; {options.ckpt} has {model.config.transport}")
     tasks[task](model, options)

@@ -24,7 +24,7 @@ from config import read_flags, setting
 from engine import pick_device, run
 from features import SmallFeatures
 from fid import collect, frechet
-from sample import open_model
+from sample import open_pipeline
 from sampler import sample
 
 # What is read, and the column of the uniforms of data.Shapes that decides it.
@@ -120,7 +120,7 @@ def main(options):
         return
     if not options.ckpt:
         raise ValueError("which model? give --ckpt, such as --ckpt runs/shapes32")
-    model, reader = open_model(options.ckpt, pick_device("cpu")), train_reader(options.train_steps)
+    model, reader = open_pipeline(options.ckpt, pick_device("cpu")), train_reader(options.train_steps)
     x, y, _ = draws(5, np.arange(options.num or 1000))
     z, before = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), reader(x)
     print(f"{'':12} spread: {', '.join(NUMBERS)} | remembered: angle")

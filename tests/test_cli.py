@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from toys import ROOT, SMALL, run
 
 import model
-import published
+import extras.published as published
 from checkpoint import load_model
-from config import RECIPES, Config, read_config
+from config import Config, read_config
+from recipes import RECIPES
 from data import noise_like_seed
 
 
@@ -208,8 +209,8 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("sample.py", "--cfg_interval 0.5", "cfg_interval"),
     ("sample.py", "--extrapolation 1", "--extrapolation"),
     ("sample.py", "--order 3", "order"),
-    ("latents.py", "encode --data shapes", "folder:PATH"),
-    ("latents.py", "decode", "encode"),
+    ("extras/latents.py", "encode --data shapes", "folder:PATH"),
+    ("extras/latents.py", "decode", "encode"),
     ("fid.py", "--ckpt nowhere", "nowhere")]
 
 
@@ -273,7 +274,7 @@ def test_published_rows_are_the_published_settings():
     assert found == (150, 2.35, (0.24, 1.0), 0.48, (1.14, 0.8, 1.1))
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py", "latents.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py", "extras/latents.py"])
 def test_help_explains_every_flag(capsys, script):
     status, out, err = run(script, "-h", capsys=capsys)
     assert status == 0 and not err
@@ -294,9 +295,9 @@ def test_help_has_the_values_of_the_recipe(capsys):
 
 @pytest.mark.parametrize("script, words, status, said", [
     ("train.py", "-h", 0, "recipes:"), ("train.py", "--recipe shapes-few -h", 0, "recipes:"),
-    ("sample.py", "-h", 0, "--classes"), ("fid.py", "-h", 0, "FD-EffNet"), ("latents.py", "", 0, "fetch"),
+    ("sample.py", "-h", 0, "--classes"), ("fid.py", "-h", 0, "FD-EffNet"), ("extras/latents.py", "", 0, "fetch"),
     ("train.py", "--sed 3", 2, "--seed"), ("sample.py", "--step 2", 2, "--steps"),
-    ("fid.py", "--num 0", 2, "num"), ("latents.py", "decode", 2, "encode")])
+    ("fid.py", "--num 0", 2, "num"), ("extras/latents.py", "decode", 2, "encode")])
 def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script, words, status, said):
     """A torch that cannot be imported comes first on the path."""
     (tmp_path / "torch.py").write_text("raise SystemExit(99)")

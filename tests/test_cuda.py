@@ -9,9 +9,10 @@ from toys import ROOT, on_gpu
 
 import engine
 import objective
-from engine import Graphed, fix_order
+from engine import fix_order
+from extras.cudagraph import Graphed
 from objective import Objective
-from sample import generate, open_model
+from sample import generate, open_pipeline
 from sampler import sample
 
 pytestmark = on_gpu
@@ -116,7 +117,7 @@ def test_the_sampler_in_bfloat16():
     the same, a batch of another size, too."""
     path, images = ROOT / "assets/shapes-few.safetensors", {}
     for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
-        model = open_model(path, torch.device(device), dtype)
+        model = open_pipeline(path, torch.device(device), dtype)
         z = torch.randn(16, *model.shape, generator=torch.Generator().manual_seed(0)).to(device)
         y = torch.arange(16, device=device) % 8
         with torch.autocast(device, model.dtype, enabled=dtype != "float32"):
@@ -126,6 +127,6 @@ def test_the_sampler_in_bfloat16():
     assert (images["cuda", "bfloat16"] - exact).norm() < 0.05 * exact.norm()
     drawn = []
     for graph in (False, True):
-        model = open_model(path, torch.device("cuda"), graph=graph)
+        model = open_pipeline(path, torch.device("cuda"), graph=graph)
         drawn.append(torch.cat([x for _, x, _ in generate(model, range(44), batch_size=8)]))
     assert (drawn[1] - drawn[0]).norm() < 1e-3 * drawn[0].norm()

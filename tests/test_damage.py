@@ -9,11 +9,12 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from checkpoint import load_model, newest_state, read_state, read_tensors
+from checkpoint import load_model, newest_state, read_state, read_weights
 from data import open_dataset
 from fid import is_statistics, read_reference, stored_images
 from images import read_rgb
-from latents import map_shard
+from extras.latents import map_shard
+from extras.published import unwrap
 from log import read_log
 
 OLD = Path(__file__).parent / "old_run/many"
@@ -53,8 +54,8 @@ def read_ref(path):
 
 
 KINDS = {"data.npz": (npz, lambda path: open_dataset(f"npz:{path}")), "reference.npz": (reference, read_ref),
-         "model.safetensors": (model, read_tensors), "state.safetensors": (model, read_state),
-         "published.pt": (published, read_tensors), "legacy.pt": (legacy, read_tensors),
+         "model.safetensors": (model, read_weights), "state.safetensors": (model, read_state),
+         "published.pt": (published, unwrap), "legacy.pt": (legacy, unwrap),
          "shard.safetensors": (shard, map_shard), "image.png": (png, read_rgb)}
 
 

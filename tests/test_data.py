@@ -12,8 +12,9 @@ import torchvision.datasets as sets
 from PIL import Image
 from torch.testing import assert_close
 
-from data import SHAPES, Shapes, image_grid, key, open_dataset, to_uint8, uniforms
+from data import image_grid, open_dataset, to_uint8
 from images import read_square
+from shapes import SHAPES, Shapes, derive_seed, uniforms
 
 
 def test_uniforms_are_uniform_and_pure():
@@ -24,7 +25,7 @@ def test_uniforms_are_uniform_and_pure():
     assert abs(np.corrcoef(u.T) - np.eye(4)).max() < 0.03           # of columns, and of neighbours
     assert abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.03
     assert abs(u - uniforms(4, np.arange(20000), 4)).mean() > 0.3
-    keys = {key(s, t, b) for s in range(8) for t in range(8) for b in range(8)}
+    keys = {derive_seed(s, t, b) for s in range(8) for t in range(8) for b in range(8)}
     assert len(keys) == 512 and 0 <= min(keys) <= max(keys) < 2**63
 
 

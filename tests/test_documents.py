@@ -18,12 +18,13 @@ from torch.testing import assert_close
 from toys import ROOT, SMALL, Net, batch, run
 
 import fid
-import latents
+import extras.latents as latents
 import log
 import model
 import sample
 import sampler
-from config import RECIPES, read_config, read_flags, recipe_row
+from config import read_config, read_flags, recipe_row
+from recipes import RECIPES
 from objective import TRANSPORTS, Objective, edm_s, expand, predict
 from train import split_batch
 
@@ -101,11 +102,11 @@ def parse(script, words):
     words = [word for word in words if word != "-h"]
     if script == "train.py":
         return read_config(words, "")
-    if script == "latents.py" and words[0] == "fetch":
+    if script == "extras/latents.py" and words[0] == "fetch":
         return recipe_row(words[1])
-    if script == "latents.py":
+    if script == "extras/latents.py":
         assert words.pop(0) == "encode"
-    kinds = {"sample.py": sample.Options, "fid.py": fid.Options, "latents.py": latents.Options}
+    kinds = {"sample.py": sample.Options, "fid.py": fid.Options, "extras/latents.py": latents.Options}
     return kinds[script](**read_flags(kinds[script], words, "")) if script in kinds else words
 
 

@@ -17,10 +17,12 @@ from torch.testing import assert_close
 from toys import ROOT, images_of, write_folder
 
 import features
+from extras.judges import EffNet
 import fid
 from checkpoint import build, save_model
 from config import Config
-from data import Shapes, to_uint8
+from data import to_uint8
+from shapes import Shapes
 from fid import Moments, Options, Statistics, evaluate, frechet, kernel_distance, precision_recall
 
 SHIPPED = str(ROOT / "assets/shapes-few.safetensors")
@@ -248,7 +250,7 @@ def test_the_judge_of_others(capsys):
     """Its scores are the package's own; torn shapes are further from real ones than other real ones are; and
     the line has both judges' scores with their floors, of the same images."""
     package = pytest.importorskip("efficientnet_lite_pytorch")
-    judge, x = features.EffNet(), to_uint8(Shapes(32, seed=5)[np.arange(300)][0])
+    judge, x = EffNet(), to_uint8(Shapes(32, seed=5)[np.arange(300)][0])
     seen = F.interpolate(x[:4].float(), (96, 96), mode="bilinear", antialias=True)
     net = package.EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(judge.net.state_dict())

@@ -10,7 +10,7 @@ from PIL import Image
 
 import fid
 import images
-import latents
+import extras.latents as latents
 from data import open_dataset
 
 

@@ -17,12 +17,13 @@ from standins import COMMIT, Hub, hub, make_images, small_dc, small_kl, to_ldm
 from torch.testing import assert_close
 from toys import GOLDEN, ROOT, run
 
-import latents
+import extras.latents as latents
 import model
-import published
+import extras.published as published
 from checkpoint import load_model
-from config import RECIPES, Config
-from latents import Autoencoder, centre_crop, from_ldm, normalisation, open_latents
+from config import Config
+from recipes import RECIPES
+from extras.latents import Autoencoder, centre_crop, from_ldm, normalisation, open_latents
 from train import load_start
 
 OLD_RUN = Path(__file__).resolve().parent / "old_run"
@@ -424,7 +425,7 @@ def test_the_names_of_latent_diffusion(ends):
 # ---- the hub ------------------------------------------------------------------------------------------
 
 FETCH = """
-import latents
+import extras.latents as latents
 def fetch(recipe):
     try:
         latents.fetch(recipe)

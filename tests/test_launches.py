@@ -21,12 +21,14 @@ from torch.utils._pytree import tree_leaves
 
 import engine
 from config import Config
-from engine import Graphed, optimizer_step
+from engine import optimizer_step
+from experiments.bench import make_step
+from extras.cudagraph import Graphed
 from log import LossByTime
 from objective import TRANSPORTS, Objective
 from sampler import sample
-from train import draw, step_of
-from optim import average, learning_rate, make_optimizer, recordable, set_rate
+from train import draw
+from optim import can_capture, learning_rate, make_optimizer, set_lr, update_ema
 
 CPU = torch.device("cpu")
 LOOKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
@@ -118,15 +120,15 @@ def test_a_replayed_step_is_the_step(tape, settings, name):
         optimizer, norms = make_optimizer(config, ours, torch.float32), []
         losses, skipped = LossByTime(objective, "cpu"), engine.Skipped("cpu")
         optimizer.param_groups[0]["lr"] = torch.tensor(config.lr)           # as it is on a GPU
-        _, learn_and_move = step_of(config, objective, ours, ours, teacher, optimizer, losses, skipped, CPU,
-                                    torch.bfloat16)
+        train_step = make_step(config, objective, ours, ours, teacher, optimizer, losses, skipped, CPU,
+                               torch.bfloat16)
         if graph:
-            learn_and_move = Graphed(learn_and_move, partial(recordable, optimizer))
+            train_step = Graphed(train_step, partial(can_capture, optimizer))
         for step, batch in enumerate(steps):
-            set_rate(optimizer, learning_rate(config, step))
-            norms.append(learn_and_move(*batch))
+            set_lr(optimizer, learning_rate(config, step))
+            norms.append(train_step(*batch))
             if step % 4 == 3:
-                norms += [losses.take()["loss"], skipped.take(step, None, str)]
+                norms += [losses.take()["loss"], skipped.report(step, None, str)]
         ends.append([*norms, *ours.parameters()])
     assert len(tape) == 1 and len(tape[0].rows) > 100
     assert ends[0][0] != ends[0][1] and ends[0][-1].isfinite().all() and ends[0][17] == 1
@@ -144,9 +146,9 @@ def test_an_optimiser_that_no_graph_can_hold_is_never_recorded(tape, make):
         weight.grad = torch.ones(())
         optimizer_step(optimizer, weight.grad.isfinite())
         return weight.detach().clone()
-    step = Graphed(move, lambda: recordable(optimizer))
+    step = Graphed(move, lambda: can_capture(optimizer))
     for rate in (1, 0, 1, 0, 1, 0, 1):
-        set_rate(optimizer, rate)
+        set_lr(optimizer, rate)
         seen.append(step().item())
     assert [a != b for a, b in zip(seen, seen[1:])] == [False, True] * 3 and not tape
 
@@ -225,15 +227,15 @@ def training_step(settings, optimizer, device):
     (net, teacher, ema), config = nets, Config(optimizer=optimizer)
     optimizer = make_optimizer(config, net, torch.float32)
     losses, skipped = LossByTime(objective, device), engine.Skipped(device)
-    _, learn_and_move = step_of(config, objective, net, net, teacher, optimizer, losses, skipped, device,
-                                torch.float32)
+    train_step = make_step(config, objective, net, net, teacher, optimizer, losses, skipped, device,
+                           torch.float32)
     x, y = torch.randn(32, 3, 8, 8, device=device), torch.arange(32, device=device) % 3
     generator = torch.Generator(device)
 
     def step():
-        set_rate(optimizer, config.lr)
-        learn_and_move(x, y, *draw(objective, x, y, 0, 0, range(2), generator))
-        average(ema, net, 0.99, 1)
+        set_lr(optimizer, config.lr)
+        train_step(x, y, *draw(objective, x, y, 0, 0, range(2), generator))
+        update_ema(ema, net, 0.99, 1)
     for _ in range(6):
         step()
     return step

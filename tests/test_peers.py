@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from toys import Net, batch, calls_of, images_of
 
-from data import Shapes
+from shapes import Shapes
 from experiments.peers import MeanFlow, dpm_solver_2m, heun, meanflow_loss, sample_meanflow
 from experiments.pose import draws
 from features import Inception, resize_matrix

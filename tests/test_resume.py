@@ -25,7 +25,7 @@ from checkpoint import load_model
 from config import Config
 from objective import Objective
 from optim import Muon, RAdam, learning_rate, orthogonal
-from train import BLOCK, blocks_of, draw, sample_indices, split_batch
+from train import CHUNK, chunks_of, draw, sample_indices, split_batch
 
 OLD_RUN = Path(__file__).resolve().parent / "old_run"
 NANO = [*TINY, "--sample_steps", 2, "--model", "TiT-nano/4"]
@@ -161,7 +161,7 @@ def test_a_batch_does_not_depend_on_how_it_is_dealt_out(monkeypatch, world, micr
             for turn in range(accumulate):
                 positions = next(batches)
                 x = torch.zeros(len(positions), 1, 2, 2)
-                blocks = blocks_of(config, accumulate, turn)
+                blocks = chunks_of(config, accumulate, turn)
                 drawn = draw(objective, x, x[:, 0, 0, 0], 5, step, blocks, generator)
                 parts.append((torch.from_numpy(positions), *drawn))
         assert next(batches, None) is None
@@ -169,9 +169,9 @@ def test_a_batch_does_not_depend_on_how_it_is_dealt_out(monkeypatch, world, micr
     order = positions.argsort()
     assert positions[order].tolist() == list(range(128, 384))
     for block in range(16):
-        step, number, rows = 1 + block // 8, block % 8, order[block * BLOCK:(block + 1) * BLOCK]
-        generator.manual_seed(data.key(5, step, number))
-        x = torch.zeros(BLOCK, 1, 2, 2)
+        step, number, rows = 1 + block // 8, block % 8, order[block * CHUNK:(block + 1) * CHUNK]
+        generator.manual_seed(data.derive_seed(5, step, number))
+        x = torch.zeros(CHUNK, 1, 2, 2)
         expected = objective.draw(x, x[:, 0, 0, 0], generator)
         for ours, theirs in zip((t, z, drop), expected):
             assert torch.equal(ours[rows], theirs)

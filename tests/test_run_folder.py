@@ -17,7 +17,8 @@ from toys import ROOT, run, states
 
 import checkpoint
 import features
-from checkpoint import atomic_write, claim_folder, find_states, ignore_disk_errors
+from checkpoint import find_states
+from engine import atomic_write, claim_folder, ignore_disk_errors
 from data import open_dataset
 
 
@@ -112,7 +113,7 @@ def test_a_fingerprint_is_of_order_and_content(home):
 
 def test_two_runs_in_one_folder(home, capsys):
     """The second is refused with the first one's process; a lock is gone with its process."""
-    hold = ("import sys, time; sys.path.insert(0, sys.argv[1]); from checkpoint import claim_folder; "
+    hold = ("import sys, time; sys.path.insert(0, sys.argv[1]); from engine import claim_folder; "
             "lock = claim_folder('run'); print('held', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", hold, str(ROOT)], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"

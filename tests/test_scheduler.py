@@ -16,7 +16,7 @@ from objective import TRANSPORTS, identity, predict
 from sampler import sample, time_grid
 
 diffusers = pytest.importorskip("diffusers")
-from scheduler import UCGMScheduler  # noqa: E402
+from extras.scheduler import UCGMScheduler  # noqa: E402
 
 DOUBLE = torch.float64
 BETAS = {"linear": {}, "scaled_linear": dict(beta_start=0.00085, beta_end=0.012),

@@ -17,8 +17,8 @@ import sample
 from checkpoint import build, load_model
 from config import Config, read_config
 from objective import Objective
-from published import clean
-from sample import open_model
+from extras.published import clean
+from sample import open_pipeline
 from sampler import time_grid
 
 
@@ -51,7 +51,7 @@ def test_nan_is_no_setting_of_an_objective():
     ("sample.py", "--seeds 18446744073709551616"), ("sample.py", "--batch_size 0"), ("sample.py", "--num 0"),
     ("sample.py", "--out missing.jpg --num 300000"), ("sample.py", "--recipe mnist"),
     ("fid.py", "--batch_size 0"),
-    ("fid.py", "--num 1 --ckpt x"), ("latents.py", "encode --shard 0"), ("latents.py", "encode --size 0"),
+    ("fid.py", "--num 1 --ckpt x"), ("extras/latents.py", "encode --shard 0"), ("extras/latents.py", "encode --size 0"),
     ("sample.py", "--cfg_interval 1"), ("fid.py", "--image_size -1 --train")])
 def test_small_mistakes_leave_nothing_behind(home, capsys, script, words):
     status, _, err = run(script, *words.split(), capsys=capsys)
@@ -123,7 +123,7 @@ def test_a_table_without_a_null_row_is_said(tmp_path):
     weights = load_file(GOLDEN / "tit.safetensors")
     weights["y_embedder.embedding_table.weight"] = torch.zeros(1000, 48)
     save_file(weights, tmp_path / "x.safetensors")
-    import published
+    import extras.published as published
     sizes = {**published.SIZES, "golden": dict(depth=2, hidden_size=48, num_heads=4)}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="none for the null class"):
         patch.setattr(published, "SIZES", sizes)
@@ -215,5 +215,5 @@ def test_processes_agree_on_the_precision(monkeypatch):
     asked = []
     monkeypatch.setattr(sample, "pick_dtype", lambda *given: asked.append(given) or torch.bfloat16)
     monkeypatch.setattr(sample, "from_rank0", lambda make, group: torch.float32)
-    model = open_model(ROOT / "assets/shapes-few.safetensors", torch.device("cpu"))
+    model = open_pipeline(ROOT / "assets/shapes-few.safetensors", torch.device("cpu"))
     assert model.dtype == torch.float32 and not asked

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Shapes, to_uint8
+from data import to_uint8
+from shapes import Shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -16,7 +16,7 @@ from toys import ROOT
 
 from checkpoint import load_model
 from config import Config
-from latents import open_latents
+from extras.latents import open_latents
 
 pytestmark = pytest.mark.slow
 TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
@@ -57,7 +57,7 @@ def vaes(tmp_path_factory):
 
 
 def encode(root, vae, out, processes=1):
-    return start("latents.py", "encode", "--data", f"folder:{root}", "--vae", vae, "--size", 32, "--out", out,
+    return start("extras/latents.py", "encode", "--data", f"folder:{root}", "--vae", vae, "--size", 32, "--out", out,
                  "--shard", 20, "--batch_size", 5, "--workers", 0, "--device", "cpu", processes=processes)
 
 

@@ -1,8 +1,8 @@
 """Latents: pretrained autoencoders, data sets encoded by one, and what published recipes need.
 
-    torchrun --nproc_per_node=8 latents.py encode --data folder:/imagenet/train --vae sd-ema --out latents256
-    python train.py --recipe in256-sd --data latents:latents256
-    python latents.py fetch in256-sd        # autoencoder, FID reference and published weights
+    torchrun --nproc_per_node=8 -m extras.latents encode --data folder:/imagenet/train --vae sd-ema
+    python train.py --recipe in256-sd --data latents:latents
+    python -m extras.latents fetch in256-sd        # autoencoder, FID reference and published weights
 
 An encoded folder holds shards latents_rank00_shardKKK.safetensors (latents, latents_flip: float32 N C h w;
 labels: int64), latents_stats.pt (mean, std: 1 C 1 1) and manifest.json (which image is in which shard, which
@@ -11,7 +11,8 @@ could not be read). UCGM and LightningDiT publish such files, and theirs are rea
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from config import RECIPES, command_line, read_flags, recipe_row, setting
+from config import UserError, command_line, read_flags, recipe_row, setting
+from recipes import RECIPES
 
 
 class Kind(NamedTuple):
@@ -49,7 +50,7 @@ def read_task(argv):
         return task, rest[0]
     if task in ("encode", "-h", "--help"):
         return "encode", Options(**read_flags(Options, rest if task == "encode" else ["-h"], __doc__))
-    raise ValueError(f"unknown task {task!r}: give encode --data folder:PATH, or fetch RECIPE")
+    raise UserError(f"unknown task {task!r}: give encode --data folder:PATH, or fetch RECIPE")
 
 
 if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
@@ -71,11 +72,11 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import as_one_error, atomic_write
 from data import FiniteDataset, noise_like_seed
-from engine import init_distributed, leave_distributed, pick_device, print0, rank_and_world, run
+from engine import (as_one_error, atomic_write, init_distributed, leave_distributed, pick_device, print0,
+                    rank_and_world, run)
+from extras.published import HUB, UCGM_HOME
 from images import find_classes, read_many, read_rgb
-from published import HUB, UCGM_HOME
 
 # ---- autoencoders -------------------------------------------------------------------------------------
 
@@ -88,7 +89,7 @@ class Autoencoder:
     """Images (B, 3, S, S) in [-1, 1] to latents (B, C, h, w) and back; a network sees (latent - mean) / std.
 
     name: of AUTOENCODERS, or NAME=PATH. mean, std: by channel; empty: what comes with the autoencoder.
-    ValueError: no diffusers, unknown name, nothing at PATH, no statistics.
+    UserError: no diffusers, unknown name, nothing at PATH, no statistics.
     """
 
     def __init__(self, name, mean=(), std=()):
@@ -139,11 +140,11 @@ def load_autoencoder(name):
     """(Kind, frozen network in float32)."""
     short, _, path = name.partition("=")
     if short not in AUTOENCODERS:
-        raise ValueError(f"unknown autoencoder {short!r}: give {', '.join(AUTOENCODERS)}, or NAME=PATH")
+        raise UserError(f"unknown autoencoder {short!r}: give {', '.join(AUTOENCODERS)}, or NAME=PATH")
     try:
         import diffusers
     except ImportError as error:
-        raise ValueError("autoencoders come from diffusers: pip install diffusers") from error
+        raise UserError("autoencoders come from diffusers: pip install diffusers") from error
     kind = AUTOENCODERS[short]
     hint = f"give --vae {short}=PATH, or fetch it where there is a network"
     with as_one_error(f"cannot load {name} from {path or kind.home}", hint):
@@ -208,7 +209,7 @@ def normalisation(name, stats):
     if multiplier := AUTOENCODERS[name.partition("=")[0]].multiplier:
         return by_channel([0]), by_channel([1 / multiplier])
     if stats.get("mean") is None or stats.get("std") is None:
-        raise ValueError(f"{name} has no statistics of its latents: put latents_stats.pt into the folder of "
+        raise UserError(f"{name} has no statistics of its latents: put latents_stats.pt into the folder of "
                          "latents:DIR, or of --vae NAME=PATH")
     return by_channel(stats["mean"]), by_channel(stats["std"])
 
@@ -238,7 +239,7 @@ def encode(options):
     rank, world = rank_and_world()
     kind, _, root = options.data.partition(":")
     if kind != "folder":
-        raise ValueError(f"data {options.data!r} is not folder:PATH, with PATH/cats/1.jpg, ...")
+        raise UserError(f"data {options.data!r} is not folder:PATH, with PATH/cats/1.jpg, ...")
     folder = find_classes(os.path.expanduser(root))
     print0(folder)
     device, out, count = pick_device(options.device), Path(options.out), len(folder.paths)
@@ -259,7 +260,7 @@ def encode(options):
         tensors, kept, bad = encode_shard(autoencoder, part, first, options, device, bar)
         unreadable += len(bad)
         if unreadable > options.max_unreadable:
-            raise ValueError(f"{unreadable} images could not be read, the last: {bad[-1][1]}, or raise "
+            raise UserError(f"{unreadable} images could not be read, the last: {bad[-1][1]}, or raise "
                              "--max_unreadable")
         notes = {"settings": settings, "files": part.fingerprint(), "pictures": kept, "unreadable": bad}
         metadata = {"notes": json.dumps(notes)}         # one entry: safetensors writes several in any order
@@ -276,12 +277,12 @@ def encode(options):
 
 
 def is_current(path, settings, part):
-    """Whether a shard holds these images as they are now. ValueError if it was made otherwise."""
+    """Whether a shard holds these images as they are now. UserError if it was made otherwise."""
     notes = map_shard(path)[1]
     before = notes.get("settings", {})
     if changed := [name for name in settings if before.get(name) != settings[name]]:
         was = ", ".join(f"{name} {before.get(name)}" for name in changed)
-        raise ValueError(f"{path} was encoded with {was}: remove it, or give another --out")
+        raise UserError(f"{path} was encoded with {was}: remove it, or give another --out")
     return notes["files"] == part.fingerprint() and not notes["unreadable"]
 
 
@@ -318,7 +319,7 @@ def finish(out, settings):
             n, total, square = n + rows.shape[1], total + rows.sum(1), square + rows.square().sum(1)
     bad = [why for shard in shards.values() for _, why in shard["unreadable"]]
     if not n:
-        raise ValueError(f"not one image could be read, the first: {bad[0]}")
+        raise UserError(f"not one image could be read, the first: {bad[0]}")
     mean, variance = total / n, square / n - (total / n).square()
     stats = {"mean": by_channel(mean), "std": by_channel(variance.clamp_min(0).sqrt())}
     manifest = json.dumps({**settings, "shards": shards}, indent=1)
@@ -337,7 +338,7 @@ def finish(out, settings):
 # ---- reading ------------------------------------------------------------------------------------------
 
 def map_shard(path):
-    """(name -> array, mapped into memory; the notes that encode wrote beside them). ValueError if damaged."""
+    """(name -> array, mapped into memory; the notes that encode wrote beside them). UserError if damaged."""
     with (as_one_error(f"{path} is no file of latents, or damaged", "remove it, or take another copy"),
           safetensors.safe_open(path, "pt") as file):
         notes = json.loads((file.metadata() or {}).get("notes", "{}"))
@@ -350,23 +351,24 @@ def read_manifest(root, vae):
     manifest = json.loads(file.read_text()) if file.is_file() else {}
     made_by = manifest.get("vae", "")
     if not (vae or made_by):
-        raise ValueError(f"{root} does not say who encoded it: give --vae, one of {', '.join(AUTOENCODERS)}")
+        raise UserError(f"{root} does not say who encoded it: give --vae, one of {', '.join(AUTOENCODERS)}")
     if vae and made_by and vae.partition("=")[0] != made_by.partition("=")[0]:
-        raise ValueError(f"{root} was encoded by {made_by}: give --vae {made_by}, not {vae}, or encode anew")
+        raise UserError(f"{root} was encoded by {made_by}: give --vae {made_by}, not {vae}, or encode anew")
     return vae or made_by, manifest.get("classes")
 
 
 def open_latents(path, seed, vae=""):
     """The stream of an encoded folder, as a FiniteDataset with .latent = (autoencoder, mean, std).
-    ValueError: no shards, shapes that differ, no statistics, not the autoencoder that made them."""
+    UserError: no shards, shapes that differ, no statistics, not the autoencoder that made them."""
     root, sides = Path(path), ("latents", "latents_flip")
     shards = [map_shard(file)[0] for file in sorted(root.glob("*.safetensors"))]
     if not shards or any({*sides, "labels"} - shard.keys() for shard in shards):
-        raise ValueError(f"no shards of latents, latents_flip and labels in {path}: see latents.py encode")
+        raise UserError(f"no shards of latents, latents_flip and labels in {path}: make them by "
+                        "python -m extras.latents encode")
     shards = [shard for shard in shards if len(shard["labels"])]
     shape = shards[0]["latents"].shape[1:]
     if any(shard[name].shape != (len(shard["labels"]), *shape) for shard in shards for name in sides):
-        raise ValueError(f"the shards in {path} differ in shape: they are of several encodings")
+        raise UserError(f"the shards in {path} differ in shape: they are of several encodings")
     vae, names = read_manifest(root, vae)
     stats = next(root.glob("*stats*.pt"), None)
     mean, std = (value.expand(1, shape[0], 1, 1) for value in
@@ -393,7 +395,7 @@ def fetch(recipe):
     from huggingface_hub import snapshot_download
     row = recipe_row(recipe)
     if not row.get("vae"):
-        raise ValueError(f"recipe {recipe} needs nothing from the hub; those that do: {', '.join(HUB)}")
+        raise UserError(f"recipe {recipe} needs nothing from the hub; those that do: {', '.join(HUB)}")
     kind, size = AUTOENCODERS[row["vae"]], row["image_size"]
     wanted = [("autoencoder", kind.home, "*.json", "*.safetensors", "*.pt"),
               ("FID reference", UCGM_HOME, f"buffers/refs/in1k{size}_fid_ref.npz")]
@@ -408,7 +410,7 @@ def fetch(recipe):
         print(f"{what}:", *files, sep="\n  ")
         if not files:
             print(f"  nothing like {' '.join(patterns)}; look at https://huggingface.co/{home}/tree/main")
-    print("ImageNet itself is not there: https://image-net.org/download-images.php, then latents.py encode.")
+    print("ImageNet itself is not there: https://image-net.org/download-images.php, then encode it.")
     print(f"Next: python sample.py --recipe {recipe} --ckpt FILE" if recipe in HUB else
           f"Next: torchrun train.py --recipe {recipe} --data latents:DIR")
 

@@ -1,6 +1,8 @@
-"""Other people's checkpoints: what they hold, which network they are of, and where the hub has them.
+"""Published checkpoints: what they hold, which network they belong to, and where the hub has them.
 
-The names and shapes in a file tell whose it is. Nothing in it is executed: torch.load with weights_only.
+    net, found, names = load("lightningdit.pt")     # found: {"model": ..., "transport": ...}
+
+The names and shapes in a file tell who published it. Nothing in it is executed.
 """
 import argparse
 import math
@@ -11,6 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from checkpoint import NO_WEIGHTS, fill, read_weights
+from config import UserError
+from engine import as_one_error
 from model import FAMILIES, NORMS, SIZES, Attention, DiT, LabelEmbed, TimeEmbed, turns
 
 # Where the hub has weights for a recipe: the repository, then patterns of file names.
@@ -27,41 +32,55 @@ HUB |= {f"in{name}{few}": (UCGM_HOME, "outputs/*/*/checkpoints/*.pt")
 
 # ---- reading ------------------------------------------------------------------------------------------
 
+def load(file, model="", image_size=256, device="cpu"):
+    """(network with the file's weights, {"model", "transport"}, class names) of a published checkpoint.
+
+    model: what the user says it is, such as "SiT-XL/2", which decides between files that look alike.
+    image_size: in pixels, which a DDT file does not tell. UserError: damaged, or not recognised.
+    """
+    tensors, extras = unwrap(file, device)
+    net, found = detect_architecture(tensors, extras, model, image_size, file)
+    fill(net.to(device), without_sigma(tensors, net), file)
+    return net.eval().requires_grad_(False), found, [str(label) for label in range(net.num_classes)]
+
+
 def unwrap(file, device="cpu"):
-    """(tensors by name, extras) of a torch.save file; of several weights the averaged ones. extras: args (of
-    the command line, in files of REPA and SiT), projectors (REPA's). RuntimeError: no tensors."""
-    with torch.serialization.safe_globals([argparse.Namespace]):    # the type of these arguments
-        stored = torch.load(file, map_location=device, weights_only=True)
-    if not isinstance(stored, dict):
-        raise RuntimeError(f"it holds a {type(stored).__name__}, not tensors by name")
-    found = [stored[name] for name in ("ema", "state_dict", "model") if isinstance(stored.get(name), dict)]
-    return clean(found[0] if found else stored, {"args": stored.get("args")})
+    """(tensors by name in float32, extras) of a file of safetensors or torch.save, the averaged weights if it
+    holds several. extras: args (the command line, in files of REPA and SiT), projectors (REPA's)."""
+    _, stored = read_weights(file, device)
+    with as_one_error(f"cannot read weights from {file}", NO_WEIGHTS):
+        if not stored:
+            with torch.serialization.safe_globals([argparse.Namespace]):    # the type of these arguments
+                stored = torch.load(file, map_location=device, weights_only=True)
+        if not isinstance(stored, dict):
+            raise TypeError(f"it holds a {type(stored).__name__}, not tensors by name")
+        found = [stored[name] for name in ("ema", "state_dict", "model") if isinstance(stored.get(name), dict)]
+        return clean(found[0] if found else stored, {"args": stored.get("args")})
 
 
 def clean(tensors, extras):
-    """(tensors by name in float32, extras): without prefixes, and without what only training needs (REPA's
-    projectors; weights beside DDT's averages) or the network computes itself (rotary tables)."""
+    """(tensors by name in float32, extras) without prefixes, and without what only training needs (REPA's
+    projectors, the weights beside DDT's averages) or the network computes itself (rotary tables)."""
     tensors = {name: value for name, value in tensors.items()
                if isinstance(name, str) and isinstance(value, torch.Tensor)}
     averages = {name: value for name, value in tensors.items() if name.startswith("ema_denoiser.")}
     tensors = {re.sub(r"^(module\.|_orig_mod\.|ema_denoiser\.)+", "", name): value.float()
                for name, value in (averages or tensors).items()}
     if not tensors:
-        raise RuntimeError("it holds no tensors by name")
+        raise TypeError("it holds no tensors by name")
     extras["projectors"] = any(name.startswith("projectors.") for name in tensors)
     return {name: value for name, value in tensors.items()
             if not name.startswith(("projectors.", "feat_rope."))}, extras
 
 
 def detect_family(tensors, extras, model, file):
-    """(family, transport: which end is noise, and what the network outputs). model: the recipe's, which
-    decides where files are alike."""
+    """(family, transport). model: the user's word, which decides where files look alike."""
     is_ddt = "s_embedder.proj.weight" in tensors
     wanted = ["x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight",
               "blocks.0.attn.qkv.weight", *([] if is_ddt else ["pos_embed"])]
     if missing := [name for name in wanted if name not in tensors]:
-        raise ValueError(f"{file} is of no known publisher: it lacks {', '.join(missing)} "
-                         f"and has {', '.join(list(tensors)[:4])}, ...")
+        raise UserError(f"{file} is not a recognised checkpoint: it lacks {', '.join(missing)} "
+                        f"and has {', '.join(list(tensors)[:4])}, ...")
     if is_ddt:
         return "DDT", "relinear"
     if "blocks.0.mlp.w12.weight" in tensors:
@@ -74,8 +93,8 @@ def detect_family(tensors, extras, model, file):
         return "SiT", "relinear"
     if model.startswith("DiT"):
         return "DiT", "ddpm"
-    raise ValueError(f"{file} may be a DiT or a SiT, whose files are alike: "
-                     "add --recipe dit or --recipe sit, to tune it tune-dit or tune-sit")
+    raise UserError(f"{file} may be a DiT or a SiT, whose files look alike: "
+                    "add --recipe dit or --recipe sit, or to fine-tune it tune-dit or tune-sit")
 
 
 def learns_sigma(tensors):
@@ -84,8 +103,8 @@ def learns_sigma(tensors):
 
 
 def without_sigma(weights, net):
-    """Weights of a network that also has DDPM's variances, as net has them, if net has none: its last layer
-    keeps the rows of the output that is used, so that it computes the same."""
+    """Weights of a network that also outputs DDPM's variances, for a net that does not: the last layer keeps
+    the rows whose output is used, so that the result is the same."""
     wanted = net.state_dict()
     for name in {"final_layer.linear.weight", "final_layer.linear.bias"} & weights.keys() & wanted.keys():
         value = weights[name]
@@ -96,26 +115,26 @@ def without_sigma(weights, net):
 
 
 def detect_architecture(tensors, extras, model="", image_size=256, file="the file"):
-    """(network without weights, {"model", "transport"}) of a file. ValueError says what is not known."""
+    """(network without weights, {"model", "transport"}) of a file. UserError says what is not recognised."""
     family, transport = detect_family(tensors, extras, model, file)
     width = tensors["final_layer.linear.weight"].shape[1]
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     sizes = {(size["depth"], size["hidden_size"]): name for name, size in SIZES.items()}
-    if (depth, width) not in sizes:             # weights do not tell the number of heads
+    if (depth, width) not in sizes:             # the weights do not tell the number of heads
         known = ", ".join(f"{depth} x {width}" for depth, width in sizes)
-        raise ValueError(f"{file} has {depth} blocks of width {width}; known sizes: {known}")
+        raise UserError(f"{file} has {depth} blocks of width {width}; known sizes: {known}")
     rows = len(tensors["y_embedder.embedding_table.weight"])
     if rows in (10, 100, 1000):
-        raise ValueError(f"{file} has {rows} rows for its classes and none for the null class: guidance and "
-                         "tuning need one trained with label dropping")
+        raise UserError(f"{file} has {rows} rows for its classes and none for the null class: guidance and "
+                        "fine-tuning need a network trained with label dropping")
     size, patches = sizes[depth, width], tensors["x_embedder.proj.weight"].shape
-    if family == "DDT":         # its file tells neither side nor patch: a /2, at the recipe's size
+    if family == "DDT":         # its file tells neither side nor patch: take /2, at the recipe's size
         make, side, patch, channels = DDT, image_size // 8, 2, patches[1] // 4
         switches = {"encoder_depth": ENCODER[size]}
     else:
         make, channels, patch = DiT, patches[1], patches[2]
         side = math.isqrt(tensors["pos_embed"].shape[1]) * patch
-        switches = FAMILIES[family] | {"learn_sigma": learns_sigma(tensors)}
+        switches = FAMILIES[family]
     net = make(side, patch, channels, **SIZES[size], num_classes=rows - 1, **switches)
     return net, {"model": f"{family}-{size}/{patch}", "transport": transport}
 
@@ -123,8 +142,8 @@ def detect_architecture(tensors, extras, model="", image_size=256, file="the fil
 # ---- DDT (arXiv 2504.05741) ---------------------------------------------------------------------------
 
 class DDT(nn.Module):
-    """F(x, t, y) as DiT's: the first blocks encode x_t under time and class, and what they find steers the
-    others, token by token, as c steers a DiT. Names are those of the published files."""
+    """F(x, t, y) as DiT's. The first blocks encode x_t given time and class; their output steers the other
+    blocks, token by token, as c steers a DiT. Parameters have the names of the published files."""
 
     def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes,
                  encoder_depth):
@@ -188,6 +207,6 @@ class DDTBlock(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)              # (B, N, D)
 
 
-ENCODER = {"B": 8, "L": 20, "XL": 22}           # how many of the blocks encode
+ENCODER = {"B": 8, "L": 20, "XL": 22}           # number of blocks that encode
 MODELS = {f"DDT-{size}/2": partial(DDT, patch_size=2, **SIZES[size], encoder_depth=depth)
           for size, depth in ENCODER.items()}

@@ -1,6 +1,6 @@
 """UCGM-S in the pipelines of diffusers (pip install diffusers): as many images, fewer steps, no training.
 
-    from scheduler import UCGMScheduler
+    from extras.scheduler import UCGMScheduler
     pipe.scheduler = UCGMScheduler.from_config(pipe.scheduler.config, kappa="auto")
 
 A pipeline's own scheduler says what its network predicts and on which path; from_config turns that into a
