@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import build
@@ -272,7 +273,7 @@ def print_row(cells):
 def main(options):
     device, config = pick_device(options.device), Config(model=options.model, x_pred=options.x_pred)
     build_net = lambda: build(config, (options.channels, options.size, options.size), options.classes)
-    with torch.device("meta"):
+    with FakeTensorMode():                      # counts without computing
         flops = flops_per_image(build_net())
     there = torch.device("cpu" if device.type == "mps" else device)     # XL takes seconds on a CPU
     dtypes = [pick_dtype(name, device) for name in options.dtypes.split(",")]

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+import shapes
 from config import read_flags, setting
 from engine import pick_device, run
 from features import SmallFeatures
@@ -50,7 +51,7 @@ def draws(seed, positions, change=()):
 
     change: pairs of a column and a function of its uniforms.
     """
-    plain = data.uniforms
+    plain = shapes.uniforms
 
     def uniforms(*args):
         u = plain(*args)
@@ -58,11 +59,11 @@ def draws(seed, positions, change=()):
         for column, function in change:
             u[:, column] = function(u[:, column])
         return u
-    data.uniforms = uniforms
+    shapes.uniforms = uniforms
     try:
-        x, y = data.Shapes(32, seed)[positions]
+        x, y = shapes.Shapes(32, seed)[positions]
     finally:
-        data.uniforms = plain
+        shapes.uniforms = plain
     return x, y, torch.from_numpy(2 * plain(seed, positions, 11)[:, COLUMNS] - 1).float()
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from runs import TIT_NANO, log_of
 from safetensors import safe_open
 from safetensors.torch import save_file
-from toys import ROOT, SMALL, run
+from toys import ROOT, SMALL, run, script_command
 
 import model
 import extras.published as published
@@ -290,19 +290,20 @@ def test_help_has_the_values_of_the_recipe(capsys):
         _, out, _ = run("train.py", "--recipe", recipe, "-h", capsys=capsys)
         out, config = " ".join(out.split()), Config(**RECIPES[recipe])
         assert f"after warm-up [{config.lr:g}]" in out
-        assert f"of training [{config.steps}]" in out and f"latents:DIR [{config.data}]" in out
+        assert f"training steps [{config.steps}]" in out and f"latents:DIR [{config.data}]" in out
 
 
 @pytest.mark.parametrize("script, words, status, said", [
     ("train.py", "-h", 0, "recipes:"), ("train.py", "--recipe shapes-few -h", 0, "recipes:"),
-    ("sample.py", "-h", 0, "--classes"), ("fid.py", "-h", 0, "FD-EffNet"), ("extras/latents.py", "", 0, "fetch"),
+    ("sample.py", "-h", 0, "--classes"), ("fid.py", "-h", 0, "FD-EffNet"),
+    ("extras/latents.py", "", 0, "fetch"),
     ("train.py", "--sed 3", 2, "--seed"), ("sample.py", "--step 2", 2, "--steps"),
     ("fid.py", "--num 0", 2, "num"), ("extras/latents.py", "decode", 2, "encode")])
 def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script, words, status, said):
     """A torch that cannot be imported comes first on the path."""
     (tmp_path / "torch.py").write_text("raise SystemExit(99)")
-    done = subprocess.run([sys.executable, str(ROOT / script), *words.split()], capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    done = subprocess.run([*script_command(script), *words.split()], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == status and said in done.stdout + done.stderr
 
 

@@ -128,7 +128,7 @@ def test_what_a_kill_inside_a_save_leaves_the_next_save_takes(capsys, monkeypatc
         if Path(path).name.startswith("state"):
             raise SystemExit(1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "flush", killed)
+        patch.setattr(engine, "flush", killed)
         patch.setattr(Path, "unlink", lambda *arguments, **more: None)
         assert run("train.py", *NANO, "--steps", 2, capsys=capsys)[0] == 1
     assert list(Path("runs/shapes").glob("*.tmp")) and not states("runs/shapes")

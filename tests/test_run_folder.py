@@ -16,6 +16,7 @@ from runs import FLAGS, assert_same, log_of, train
 from toys import ROOT, run, states
 
 import checkpoint
+import engine
 import features
 from checkpoint import find_states
 from engine import atomic_write, claim_folder, ignore_disk_errors
@@ -138,15 +139,15 @@ def test_out_below_a_file_is_refused_at_the_start(home, capsys):
 
 def test_modes_and_folder_flushes_are_best_effort(home, monkeypatch):
     """File systems that refuse chmod or fsync of a folder; the umask is respected where modes exist."""
-    monkeypatch.setattr(checkpoint, "UMASK", 0o027)
+    monkeypatch.setattr(engine, "UMASK", 0o027)
     atomic_write("a", lambda path: path.write_text("x"))
     assert Path("a").stat().st_mode & 0o777 == 0o640
 
     def refuse(*arguments):
         raise PermissionError(1, "not permitted")
     monkeypatch.setattr(os, "chmod", refuse)
-    flush = checkpoint.flush
-    monkeypatch.setattr(checkpoint, "flush", lambda path: refuse() if Path(path).is_dir() else flush(path))
+    flush = engine.flush
+    monkeypatch.setattr(engine, "flush", lambda path: refuse() if Path(path).is_dir() else flush(path))
     atomic_write("a", lambda path: path.write_text("y"))
     assert Path("a").read_text() == "y" and not Path("a.tmp").exists()
 
@@ -185,8 +186,8 @@ def test_claiming_makes_the_folder(home):
     lock = claim_folder("a/b")
     with pytest.raises(ValueError, match=f"process {os.getpid()}"):
         claim_folder("a/b")
-    lock.close()
-    claim_folder("a/b").close()
+    lock.release()
+    claim_folder("a/b").release()
 
 
 # ---- what it says -------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def test_the_hints_work_when_pasted(home, capsys):
     for flags in (["--out", "some run"], ["--data", "npz:d.npz", "--out", "b", "--image_size", 0],
                   ["--labels", "star", "--zeta", 0, "--style", "none"]):
         line = train("--steps", 1, *flags, capsys=capsys).strip().splitlines()[-1]
-        commands = line.split("Next: ")[1].split(", or tune it to two steps: ")
+        commands = line.split("Next: ")[1].split(", or fine-tune it to two steps: ")
         assert len(commands) == 2
         import shlex
         script, *words = shlex.split(commands[0])[1:]

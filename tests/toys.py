@@ -14,6 +14,13 @@ from shapes import Shapes
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
+def script_command(script):
+    """What starts a script in another process; one in extras/ is started as a module."""
+    if "/" in script:
+        return [sys.executable, "-m", script.removesuffix(".py").replace("/", ".")]
+    return [sys.executable, str(ROOT / script)]
+
+
 # The marks of a test on a GPU.
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
