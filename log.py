@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config, UserError, text_of
 from data import image_grid
@@ -175,6 +174,7 @@ def last_words(config, stop, step, start_step, saved):
 
 def flops_per_image(net):
     """Floating-point operations of one forward pass on one image, counted by torch: matrix products only."""
+    from torch.utils.flop_counter import FlopCounterMode        # half a second, which only GPUs need
     weight = next(net.parameters())
     x = weight.new_zeros(1, net.in_channels, net.input_size, net.input_size)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

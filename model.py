@@ -1,11 +1,11 @@
 """The backbone: one Diffusion Transformer that is DiT, SiT, LightningDiT or TiT by switches.
 
     net = MODELS["TiT-XL/1"](input_size=16, in_channels=32, num_classes=1000)
-    F_t = net(x_t, t, y)            # velocity, noise or data: what F_t means is the transport's business
+    F_t = net(x_t, t, y)            # velocity, noise or data: the transport defines what F_t means
 
-An image becomes tokens, every token passes the same blocks, time and class steer each block through adaptive
-layer norm whose gates start at zero (adaLN-zero), and the tokens become an image again. Parameters have the
-names of the published checkpoints.
+An image becomes tokens, all tokens pass through the same blocks, and the tokens become an image again. Time
+and class steer each block through adaptive layer norm whose gates start at zero (adaLN-zero). Parameters have
+the names of the published checkpoints.
 
 |              | norms                | q, k norm | MLP                  | rotary | output            |
 |--------------|----------------------|-----------|----------------------|--------|-------------------|
@@ -15,8 +15,8 @@ names of the published checkpoints.
 | TiT          | RMSNorm, no weight   | yes       | SwiGLU, 8/3 D        | yes    | velocity          |
 
 Sources: DiT arXiv 2212.09748, SiT 2401.08740, LightningDiT 2501.01423, UCGM (TiT) 2505.07447.
-Letters of the shapes: B batch, C channels, S image side, P patch side, G = S/P tokens a side, N = G*G tokens,
-D width, A attention heads, E = D/A width of a head.
+Letters of the shapes: B batch, C channels, S image side, P patch side, G = S/P tokens per side, N = G*G
+tokens, D width, A attention heads, E = D/A width of a head.
 """
 import math
 from functools import partial
@@ -44,7 +44,7 @@ def position_table(grid, width):
 
 
 def rotary_table(grid, head_width):
-    """As `turns` gives it: the first half of a head turns with the row, the second with the column."""
+    """The result of `turns`: the first half of a head turns with the row, the second half with the column."""
     freq = 10000.0 ** (-torch.arange(0, head_width // 2, 2, dtype=torch.float64) / (head_width // 2))
     axis = torch.arange(grid, dtype=torch.float64)[:, None] * freq                  # (G, E/4)
     axis = axis.repeat_interleave(2, 1)                                             # (G, E/2)
@@ -53,15 +53,15 @@ def rotary_table(grid, head_width):
 
 
 def turns(angle):
-    """cos, and sin with the sign that it has in (x0 cos - x1 sin, x1 cos + x0 sin), of angles (N, E) that are
-    equal in each pair: (N, 1, E) each, the same for all heads."""
+    """cos, and sin with its sign in (x0 cos - x1 sin, x1 cos + x0 sin), of angles (N, E) that are equal in
+    each pair. (N, 1, E) each, shared by all heads."""
     cos, sin = angle[:, None].cos(), angle[:, None].sin()
     sin[..., ::2] *= -1
     return cos.float(), sin.float()
 
 
 def rotate(x, cos, sin):
-    """Turn each neighbouring pair (x0, x1) of a head by its angle; (B, N, A, E) in, the same out."""
+    """Turn each neighbouring pair (x0, x1) of a head by its angle: (B, N, A, E) to the same shape."""
     x1_x0 = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                           # (B, N, A, E)
     return x * cos + x1_x0 * sin
 
@@ -73,7 +73,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, patch)
 
-    def forward(self, x):               # as a product of patches: a convolution's gradient is slow
+    def forward(self, x):               # as a matrix product, because a convolution's gradient is slow
         (ph, pw), weight = self.proj.kernel_size, self.proj.weight.flatten(1)       # (D, C*P*P)
         x = rearrange(x, "b c (gh ph) (gw pw) -> b (gh gw) (c ph pw)", ph=ph, pw=pw)
         return F.linear(x, weight, self.proj.bias)                                  # (B, N, D)
@@ -89,8 +89,8 @@ class LabelEmbed(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    """t (B,) to (B, D): 256 cosines and sines, then an MLP. Always in float32: two neighbouring times differ
-    in the fourth digit, which bfloat16 does not have, and the consistency loss lives on that difference."""
+    """t (B,) to (B, D): 256 cosines and sines, then an MLP. Always in float32, because the consistency loss
+    compares neighbouring times, which differ in the fourth digit, and bfloat16 has only three."""
 
     def __init__(self, width, period=10000):
         super().__init__()
@@ -105,8 +105,8 @@ class TimeEmbed(nn.Module):
 
 
 def attend(q, k, v):
-    """softmax(q k^T / sqrt(E)) v, (B, A, N, E) each. On a CPU in bfloat16 torch's fused kernel needs 22 ms
-    where the plain lines need 5 (B 64, A 3, N 64, E 64, forward and backward)."""
+    """softmax(q k^T / sqrt(E)) v, (B, A, N, E) each. On a CPU in bfloat16 torch's fused kernel takes 22 ms
+    and the plain line 5 ms (B 64, A 3, N 64, E 64, forward and backward)."""
     if v.is_cpu and v.dtype == torch.bfloat16:
         return (q * q.shape[-1] ** -0.5 @ k.mT).float().softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -140,7 +140,7 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP (arXiv 2002.05202), with two thirds of the width: as many parameters as the plain one."""
+    """Gated MLP (arXiv 2002.05202) with two thirds of the width, for as many parameters as the plain one."""
 
     def __init__(self, width):
         super().__init__()
@@ -187,10 +187,10 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """F(x, t, y): x (B, C, S, S) float, t (B,) float, y (B,) int64 in 0..num_classes; returns (B, C, S, S).
 
-    The class num_classes is the null class. learn_sigma: the network also has DDPM's variances, which are not
-    returned. x_pred: the layers estimate the data, and the result is the velocity of the linear transport,
-    (x_t - data) / max(t, 0.05); a large patch holds more noise than a narrow network can carry (JiT, arXiv
-    2511.13720). ValueError when the patch does not divide the image.
+    The class num_classes is the null class. learn_sigma: the network also computes DDPM's variances, which
+    are not returned. x_pred: the layers estimate the data, and the output is the velocity of the linear
+    transport, (x_t - data) / max(t, 0.05), because a large patch of noise has more dimensions than a narrow
+    network can carry (JiT, arXiv 2511.13720). ValueError: the patch does not divide the image.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
@@ -217,8 +217,8 @@ class DiT(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier, small embeddings, and zero for the gates and the output: each block starts as the identity,
-        the network as the zero function."""
+        """Xavier weights, small embeddings, and zero for the gates and the output layer: each block starts as
+        the identity, and the network as the zero function."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))

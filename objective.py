@@ -4,15 +4,15 @@ A transport mixes noise into data, and a network F regresses one combination of 
 
     x_t = alpha(t) z + gamma(t) x       v = alpha_hat(t) z + gamma_hat(t) x       t = 0: data, t = 1: NOISE
 
-Mind the letters: **alpha multiplies the noise, gamma the data**. Most flow papers swap them.
+Mind the letters: **alpha multiplies the noise, gamma the data**. Most flow-matching papers swap them.
 
 | symbol         | meaning                                                                             |
 |----------------|-------------------------------------------------------------------------------------|
 | x, z, y        | data (B, C, H, W), noise z ~ N(0, I) of the same shape, class (B,)                  |
-| t, x_t, v      | time (B,) in [0, 1], the mixture that the network sees, the target of its output    |
+| t, x_t, v      | time (B,) in [0, 1], the mixture that the network sees, the target of its output F_t|
 | F_t            | the network's output F(x_t, t, y)                                                   |
 | x_hat, z_hat   | the data and the noise that F_t implies: x_t and F_t solved for x and z             |
-| v_star         | v after enhancement; x_star, z_star: the data and the noise that it implies         |
+| v_star         | v after enhancement; x_star, z_star: the data and the noise that v_star implies     |
 | D, d           | d x_hat / dt along a path, and the determinant of the two equations above           |
 | lam            | consistency ratio: 0 many-step diffusion or flow, 1 few-step consistency            |
 | zeta           | enhancement ratio: how much guidance is trained into the network                    |
@@ -28,24 +28,24 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-HALF_PI = math.pi / 2       # the published code has 1.57; read at every call, so that a test can set it
+HALF_PI = math.pi / 2       # the published code has 1.57; a module constant, so that a test can set it
 
 
 def expand(t, like):
-    """(B,) to (B, 1, ...), so that it multiplies `like` (B, ...)."""
+    """t (B,) as (B, 1, ...), to multiply `like` (B, ...)."""
     return t.view(-1, *[1] * (like.ndim - 1))
 
 
 # ---- transports ----------------------------------------------------------------------------------------
 
 class Transport(NamedTuple):
-    """A path, a regression target, and how to ask the network. Functions of a tensor t, elementwise."""
+    """A path, a regression target, and how to call the network: functions of a tensor t, elementwise."""
     alpha: Callable         # noise in x_t
     gamma: Callable         # data in x_t
     alpha_hat: Callable     # noise in the target
     gamma_hat: Callable     # data in the target
-    net_time: Callable      # the time that the network is told
-    sign: float             # what its output is multiplied by
+    net_time: Callable      # the time that the network receives
+    sign: float             # the factor of its output
 
     def at(self, t, like):
         """alpha, gamma, alpha_hat, gamma_hat at t (B,), each shaped to multiply `like` (B, ...)."""
@@ -53,7 +53,7 @@ class Transport(NamedTuple):
         return self.alpha(t), self.gamma(t), self.alpha_hat(t), self.gamma_hat(t)
 
     def determinant(self, t):
-        """Where this is 0, F_t does not determine x_hat and z_hat."""
+        """d, elementwise. Where it is 0, F_t does not determine x_hat and z_hat."""
         return self.alpha(t) * self.gamma_hat(t) - self.gamma(t) * self.alpha_hat(t)
 
     def is_singular(self):
@@ -61,7 +61,7 @@ class Transport(NamedTuple):
         return bool((self.determinant(ends).abs() < 1e-6).any())
 
     def call(self, net, x_t, t, y):
-        """F_t like x_t (B, ...), asked in the network's own time and sign; net(x, t, y) -> like x."""
+        """F_t like x_t (B, ...), with the network's own time and sign. net(x, t, y) -> like x."""
         F_t = net(x_t, self.net_time(t), y)
         if F_t.shape != x_t.shape:
             raise ValueError(f"the network returns {tuple(F_t.shape)} for x {tuple(x_t.shape)}: not like x")
@@ -83,7 +83,8 @@ cos = lambda t: torch.cos(HALF_PI * t)
 minus_sin = lambda t: -sin(t)
 random_hat = lambda t: -1 - torch.exp(-5 * t)
 
-# EDM: the noise level s runs from 0.0017 to 78 as t runs from 0 to 1; sigma_data = 1/2.
+# EDM (arXiv 2206.00364) with sigma_data = 1/2. Its network receives log(s) / 4 of the noise level s; UCGM
+# makes that linear in t, so that s runs from 0.0017 to 78 (EDM: from 0.002 to 80).
 edm_s = lambda t: torch.exp(4 * (2.68 * t - 1.59))
 edm_gamma = lambda t: (edm_s(t) ** 2 + 0.25) ** -0.5
 edm_alpha = lambda t: edm_s(t) * edm_gamma(t)
@@ -92,9 +93,9 @@ edm_gamma_hat = lambda t: 2 * edm_alpha(t)
 
 
 def discrete_path(log_abar):
-    """alpha, gamma of a schedule of N steps, as DDPM counts them: log(alpha_bar) (N,), float64, all below 0.
+    """alpha, gamma of a schedule of N steps as DDPM counts them, from log(alpha_bar) (N,), float64, all < 0.
     Step k, which the network knows as k - 1, is at t = k / N. Between steps the logarithm is interpolated."""
-    table = cache(F.pad(log_abar, (1, 0)).to)           # copied to a device once: the host waits for a copy
+    table = cache(F.pad(log_abar, (1, 0)).to)           # one copy per device, because the host waits for it
 
     def log_abar_at(t):
         values, last = table(t.device, t.dtype), len(log_abar)
@@ -124,7 +125,7 @@ TRANSPORTS = {name: Transport(*row) for name, *row in (
 
 
 def resolve(transport):
-    """A Transport from its name; a Transport passes through. ValueError lists the names."""
+    """The Transport of that name; a Transport is returned as it is. ValueError lists the names."""
     if isinstance(transport, Transport):
         return transport
     if transport not in TRANSPORTS:
@@ -134,7 +135,7 @@ def resolve(transport):
 
 
 def predict(net, transport, x_t, t, y):
-    """Ask the network, and solve its answer for data and noise.
+    """Call the network and solve its output for data and noise.
 
     net(x, t, y) -> like x; x_t (B, ...), t (B,), y (B,). Returns F_t, x_hat, z_hat, each like x_t.
     """
@@ -151,7 +152,7 @@ CHOICES = {"style": ("none", "ft-vs-fe", "fc-vs-fe", "fc-vs-xz"), "time_weight":
 
 @dataclass(frozen=True)
 class Objective:
-    """UCGM-T. Draw the randomness, then call: a loss for each sample, (B,).
+    """UCGM-T. Draw the randomness, then call it for the loss of each sample, (B,).
 
         t, z, drop = objective.draw(x, y, generator)
         loss = objective(net, x, y, t, z, drop, teacher).mean()
@@ -161,15 +162,15 @@ class Objective:
     transport: str | Transport = "linear"
     lam: float = 0.0                            # consistency ratio, 0..1
     zeta: float = 0.0                           # enhancement ratio, >= 0
-    style: str = "none"                         # of enhancement: see `enhance`
-    huber: float = 0.0                          # c of the pseudo-Huber loss; 0: root of the mean square
+    style: str = "none"                         # of the enhancement: see `enhance`
+    huber: float = 0.0                          # c of sqrt(mean square + c^2) - c; 0: RMS, and not MSE
     cosine_loss: bool = False                   # add 1 - cosine similarity over the channels
     time_weight: str = "cosine"                 # cosine: weight by cos(pi t/2); none: by 1
     time_beta: tuple = (1.0, 1.0, 1.0)          # t ~ Beta(theta1, theta2) * theta3
-    enhance_range: tuple = (0.0, 0.75)          # times at which the enhancement works in full
+    enhance_range: tuple = (0.0, 0.75)          # times at which the enhancement has its full strength
     label_drop: float = 0.1                     # probability of the null class
     derivative: str = "central"                 # at lam = 1: central or backward difference, or jvp (exact)
-    dt: float = 0.005                           # step of the two differences
+    dt: float = 0.005                           # step of these differences
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -180,9 +181,9 @@ class Objective:
         if not (self.zeta >= 0 and self.huber >= 0):
             raise ValueError(f"zeta {self.zeta} and huber {self.huber} must be >= 0")
         if len(self.time_beta) != 3 or not all(value > 0 for value in (self.dt, *self.time_beta)):
-            raise ValueError(f"dt {self.dt} and three numbers time_beta {self.time_beta} must be positive")
+            raise ValueError(f"dt {self.dt} and the three numbers of time_beta {self.time_beta} must be > 0")
         if self.zeta > 0 and self.style == "none":
-            raise ValueError(f"zeta {self.zeta} needs a style: ft-vs-fe to train, fc-vs-fe or -xz to tune")
+            raise ValueError(f"zeta {self.zeta} needs a style: ft-vs-fe, fc-vs-fe or fc-vs-xz")
         if self.zeta > 0 and self.style == "ft-vs-fe" and self.lam > 0:
             raise ValueError(f"style ft-vs-fe is for lam 0, found {self.lam}; use fc-vs-fe or fc-vs-xz")
         if resolve(self.transport).is_singular() and self.lam > 0:
@@ -191,11 +192,11 @@ class Objective:
                              f"not determine data and noise; those that can: {able}")
 
     def draw(self, x, y, generator=None):
-        """t (B,), z like x, drop (B,) bool, on x's device. A generator draws on its own device."""
+        """t (B,), z like x, drop (B,) bool, on x's device. They are drawn on the generator's device."""
         source = dict(generator=generator, device=generator.device if generator else x.device)
         *thetas, scale = self.time_beta
         thetas = torch.stack([torch.full((len(x),), theta, device=source["device"]) for theta in thetas])
-        # A Beta from two Gammas, as torch.distributions.Beta draws it: that one takes no generator.
+        # A Beta from two Gammas, as in torch.distributions.Beta, which takes no generator.
         a, b = torch._standard_gamma(thetas, generator=generator)
         t = (scale * a / (a + b)).clamp(0, 1)
         z = torch.randn(x.shape, dtype=x.dtype, **source)
@@ -203,22 +204,22 @@ class Objective:
         return t.to(x), z.to(x.device), drop.to(x.device)
 
     def weight(self, t):
-        """(B,) to (B,)."""
+        """The time weight (B,) of t (B,)."""
         return cos(t) if self.time_weight == "cosine" else one(t)
 
     def __call__(self, net, x, y, t, z, drop, teacher=None):
         """The loss of each sample, (B,), time weight included.
 
         net, teacher: (x_t, t, y) -> F like x_t; net.num_classes is the null class. x, z (B, C, H, W), t (B,)
-        in [0, 1], y (B,) int64; drop (B,) bool: these rows become the null class. ValueError: no null class,
-        or no teacher.
+        in [0, 1], y (B,) int64; drop (B,) bool: rows whose label becomes the null class. ValueError: no null
+        class, or no teacher.
         """
         transport, null = resolve(self.transport), getattr(net, "num_classes", None)
         self.check_networks(null, drop, teacher)
         if null is not None:
-            drop = drop & (null > 0)                    # without classes there is none to drop
+            drop = drop & (null > 0)                    # without classes there is nothing to drop
             y = torch.where(drop, null, y)
-        t = t.clamp(1e-4, 1 - 1e-4)                     # 0 and 1 are limits of what follows, not values
+        t = t.clamp(1e-4, 1 - 1e-4)                     # what follows has only limits at 0 and 1
         alpha, gamma, alpha_hat, gamma_hat = transport.at(t, x)
         x_t = alpha * z + gamma * x                                                          # (B, C, H, W)
         F_t = transport.call(net, x_t, t, y)                                                 # (B, C, H, W)
@@ -231,8 +232,9 @@ class Objective:
                 x_hat, _ = transport.solve(F_t, x_t, t)
                 D = self.dx_dt(net, transport, x_star, z_star, t, y, x_hat)
                 d = alpha * gamma_hat - gamma * alpha_hat
-                # alpha / d is d x_hat / dF: the way in which F moves x_hat against D. 4 / sin(pi t/2) weighs
-                # the times, and the clip keeps one image from ruling a batch, both as published.
+                # Consistency asks for D = 0. x_hat changes with F_t at the rate alpha / d, which gives the
+                # direction of the target. The weight 4 / sin(pi t/2) and the clip, which keeps one image from
+                # dominating the batch, are the paper's choices, without a derivation.
                 target = F_t - alpha / d * 4 / expand(sin(t), d) * D.clamp(-1, 1)
 
         square = (F_t - target).square().flatten(1).mean(1)                                  # (B,)
@@ -246,22 +248,25 @@ class Objective:
         if self.zeta > 0 and teacher is None:
             raise ValueError(f"zeta {self.zeta} with style {self.style} needs a teacher: give --init_from")
         if self.zeta > 0 and self.style != "fc-vs-xz" and not null:
-            raise ValueError(f"style {self.style} compares with the null class and the network has none: "
-                             "use class labels, or zeta 0")
+            raise ValueError(f"style {self.style} needs the null class, and the network has none: use class "
+                             "labels, or zeta 0")
         if null is None and drop.any():
-            raise ValueError("labels are dropped and the network has no null class: set label_drop 0")
+            raise ValueError("labels are dropped, but the network has no null class: set label_drop 0")
 
     def enhance(self, transport, teacher, v, F_t, x_t, t, y, null, drop):
         """v_star: the target v moved along the guidance, at the same x_t. All (B, C, H, W).
 
+        Names: ft is the online F_t, fc a teacher given the class, fe one given none ("empty"), xz (x, z).
+
         | style    | guided F                | reference F         | for                               |
         |----------|-------------------------|---------------------|-----------------------------------|
         | ft-vs-fe | the online network at y | the teacher at null | training; the teacher is its EMA  |
-        | fc-vs-fe | the frozen teacher at y | the teacher at null | tuning anybody's model            |
-        | fc-vs-xz | the frozen teacher at y | v itself            | tuning a model trained with zeta  |
+        | fc-vs-fe | the frozen teacher at y | the teacher at null | fine-tuning any model             |
+        | fc-vs-xz | the frozen teacher at y | v itself            | fine-tuning one trained with zeta |
 
-        v + zeta (guided - reference) inside enhance_range, (v + guided) / 2 outside it, (v + reference) / 2
-        where the label is dropped. With fc-vs-xz and zeta 1 the teacher's answer itself is the target.
+        v_star is v + zeta (guided - reference) inside enhance_range, (v + guided) / 2 outside it, and
+        (v + reference) / 2 where the label is dropped. The halves are the paper's choice. With fc-vs-xz and
+        zeta 1 the target is the teacher's output itself.
         """
         if self.zeta == 0:
             return v
@@ -275,17 +280,17 @@ class Objective:
         return torch.where(expand(drop, x_t), (v + reference) / 2, v_star)
 
     def dx_dt(self, net, transport, x_star, z_star, t, y, x_hat):
-        """D, (B, C, H, W): how fast the predicted data change on the path through x_star and z_star.
+        """D, (B, C, H, W): the rate at which the predicted data change along the path of x_star and z_star.
 
         x_hat: the prediction at t. D = (x_hat(t) - x_hat(lam t)) / (t - lam t); at lam = 1 the derivative,
-        whose t + dt and t - dt may leave [0, 1]: the formulas of the path extend there.
+        for which t + dt and t - dt may leave [0, 1], where the formulas of the path still hold.
         """
         def data_at(r):
             alpha, gamma, _, _ = transport.at(r, x_star)
             return predict(net, transport, alpha * z_star + gamma * x_star, r, y)[1]
 
         if self.derivative == "jvp" and self.lam == 1:
-            # fused attention has no forward mode, and torch.compile gives up the blocks that it meets in one
+            # fused attention has no forward-mode derivative, and torch.compile cannot trace into one
             with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
                 return torch.func.jvp(data_at, (t,), (one(t),))[1]
         if self.derivative == "central" and self.lam == 1:
