@@ -86,7 +86,6 @@ class Config:
     lam: float = setting(0.0, "lambda, the consistency ratio: 0 many-step, 1 few-step")
     zeta: float = setting(0.0, "enhancement ratio: how much guidance is trained in")
     style: str = setting("none", "ft-vs-fe (to train from scratch), fc-vs-fe or fc-vs-xz (to fine-tune)")
-    enhance_range: tuple = setting((0.0, 0.75), "times at which enhancement has its full strength")
     huber: float = setting(0.0, "c of the pseudo-Huber loss; 0: root of the mean square")
     cosine_loss: bool = setting(False, "add the cosine loss")
     time_weight: str = setting("cosine", "weight of the loss over time: cosine or none")
@@ -120,8 +119,10 @@ class Config:
     report_to: str = setting("", "tensorboard or wandb (pip install it first)",
                              choices=("", "tensorboard", "wandb"))
 
-    about: str = ""                     # fields without help are not flags. What the recipe is
-    latent_mean: tuple = ()             # the rest is filled in from the data
+    # Fields without help are not flags: settings of a recipe, and what is filled in from the data.
+    enhance_range: tuple = (0.0, 0.75)  # times at which the enhancement has its full strength
+    about: str = ""                     # what the recipe is
+    latent_mean: tuple = ()
     latent_std: tuple = ()
     fingerprint: str = ""               # which images, in which order
 

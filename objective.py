@@ -176,12 +176,12 @@ class Objective:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; one of: {', '.join(allowed)}")
-        if not 0 <= self.lam <= 1 or not 0 <= self.label_drop <= 1:
-            raise ValueError(f"lam {self.lam} and label_drop {self.label_drop} must lie in 0..1")
-        if not (self.zeta >= 0 and self.huber >= 0):
-            raise ValueError(f"zeta {self.zeta} and huber {self.huber} must be >= 0")
-        if len(self.time_beta) != 3 or not all(value > 0 for value in (self.dt, *self.time_beta)):
-            raise ValueError(f"dt {self.dt} and the three numbers of time_beta {self.time_beta} must be > 0")
+        in_range = {"lam": 0 <= self.lam <= 1, "label_drop": 0 <= self.label_drop <= 1, "dt": self.dt > 0,
+                    "zeta": self.zeta >= 0, "huber": self.huber >= 0,
+                    "time_beta": len(self.time_beta) == 3 and all(theta > 0 for theta in self.time_beta)}
+        if wrong := [f"{name} {getattr(self, name)}" for name, is_good in in_range.items() if not is_good]:
+            raise ValueError(f"{', '.join(wrong)} is out of range: lam and label_drop lie in 0..1, zeta and "
+                             "huber are at least 0, dt and the three numbers of time_beta are positive")
         if self.zeta > 0 and self.style == "none":
             raise ValueError(f"zeta {self.zeta} needs a style: ft-vs-fe, fc-vs-fe or fc-vs-xz")
         if self.zeta > 0 and self.style == "ft-vs-fe" and self.lam > 0:

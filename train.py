@@ -140,8 +140,9 @@ def load_start(config, net, names):
 
 def check_setup(config, data, net, previous, start_step, previous_names):
     """UserError for every reason not to start. previous, start_step, previous_names: of the resumed run."""
-    s, guided = config.sampler(), config.zeta > 0
+    s, teacher = config.sampler(), config.init_from or config.style == "ft-vs-fe" or None
     with user_errors():
+        config.objective().check_networks(net.num_classes, np.zeros(0), teacher)
         times = time_grid(s["steps"], s["schedule"], s["gap"])
         check_sampler(resolve(config.transport), times, s["kappa"], s["rho"], 1, s["cfg_scale"],
                       len(data.names))
@@ -149,10 +150,6 @@ def check_setup(config, data, net, previous, start_step, previous_names):
         raise UserError(f"{config.data} has {len(data)} images to train on: lower --batch_size to that")
     if config.fsdp and "RANK" not in os.environ:
         raise UserError("fsdp needs processes: torchrun --nproc_per_node=N train.py --fsdp ...")
-    if guided and config.style != "ft-vs-fe" and not config.init_from:
-        raise UserError(f"style {config.style} needs a teacher: give --init_from, such as runs/shapes")
-    if guided and config.style != "fc-vs-xz" and not net.num_classes:
-        raise UserError(f"style {config.style} needs a null class: give --labels all, or --zeta 0")
     changed = differences(previous, config) if previous else []
     if previous_names != data.names:
         changed.append(f"classes: {previous_names} -> {data.names}")

@@ -54,8 +54,9 @@ def unwrap(file, device="cpu"):
                 stored = torch.load(file, map_location=device, weights_only=True)
         if not isinstance(stored, dict):
             raise TypeError(f"it holds a {type(stored).__name__}, not tensors by name")
-        found = [stored[name] for name in ("ema", "state_dict", "model") if isinstance(stored.get(name), dict)]
-        return clean(found[0] if found else stored, {"args": stored.get("args")})
+        found = [stored.get(name) for name in ("ema", "state_dict", "model")] + [stored]
+        weights = next(value for value in found if isinstance(value, dict))
+        return clean(weights, {"args": stored.get("args")})
 
 
 def clean(tensors, extras):

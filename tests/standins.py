@@ -1,5 +1,4 @@
 """Stand-ins for what is large or far away: autoencoders, a folder of odd and damaged images, the hub."""
-import base64
 import contextlib
 import hashlib
 import json
@@ -186,7 +185,7 @@ COMMIT = "a" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of the hub, for one repository, user/repo: create, commit, read back."""
+    """What huggingface_hub asks of the hub, for one repository, user/repo: what is there, and files."""
     files, broken, sent = {}, set(), []         # content by name; names that break off half-way; names sent
 
     def answer(self, body, status=200, **headers):
@@ -199,27 +198,6 @@ class Hub(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             with contextlib.suppress(BrokenPipeError):      # the other side hangs up when it has enough
                 self.wfile.write(body)
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        home = f"http://{self.headers['Host']}/user/repo"
-        if self.headers.get("Authorization") != "Bearer hf_test":
-            return self.answer({"error": "Invalid user token."}, 401)
-        if self.path.endswith("/repos/create"):
-            return self.answer({"url": home, "id": "user/repo", "name": "user/repo"})
-        if self.path.endswith("/preupload/main"):
-            regular = {"uploadMode": "regular", "shouldIgnore": False}
-            files = [{"path": file["path"], **regular} for file in json.loads(body)["files"]]
-            return self.answer({"files": files})
-        if self.path.endswith("/commit/main"):
-            for line in map(json.loads, body.decode().splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self.answer({"commitUrl": f"{home}/commit/{COMMIT}", "commitOid": COMMIT,
-                                "pullRequestUrl": None})
-        if "validate-yaml" in self.path:
-            return self.answer({"errors": [], "warnings": []})
-        self.answer({"error": "no"}, 404)
 
     def do_GET(self):
         if "/resolve/" in self.path:

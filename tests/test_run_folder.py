@@ -265,3 +265,27 @@ def test_scores_of_ones_own_images_need_no_download(home, capsys, monkeypatch):
         kept.append([(path.name, path.stat().st_mtime_ns) for path in Path("run").glob("features-pets8-*")])
     assert kept[0] == kept[1] and len(kept[0]) == 1
     assert "of 2 held-out images" in out or "once" not in err
+
+
+@pytest.mark.parametrize("later, saves", [(0.1, True), (6.0, False)])
+def test_a_second_request_to_stop(later, saves):
+    """Five seconds after the first one it leaves without saving. Sooner it is the same request, which SLURM and
+    torchrun both send. The previous handlers are restored at the end."""
+    code = f"""if True:
+        import os, signal, sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        import engine
+        now = [100.0]
+        time.monotonic = lambda: now[0]
+        with engine.Signals(None) as signals:
+            assert signals.agree() == [0, 0]
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert signals.agree() == [0, signal.SIGUSR1] and signals.agree() == [0, 0]
+            os.kill(os.getpid(), signal.SIGHUP)
+            now[0] += {later}
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.agree()[0] == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == (0 if saves else 1), done.stderr
+    assert ("stopped without saving" in done.stderr) != saves

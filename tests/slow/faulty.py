@@ -1,7 +1,7 @@
-"""Run train.py on a slow disk: `python faulty.py FLUSH GRACE WORKERS flags...`.
+"""Run train.py on a slow disk: `python faulty.py FLUSH WORKERS flags...`.
 
-FLUSH: seconds that a flush takes; meanwhile the file `marker` exists. GRACE: engine.GRACE. WORKERS: processes
-that read the data, which train.py itself has only beside a GPU.
+FLUSH: seconds that a flush takes; meanwhile the file `marker` exists. WORKERS: processes that
+read the data, which train.py itself has only on a GPU.
 """
 import os
 import runpy
@@ -13,10 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-import engine  # noqa: E402
 
 flush, loader, marker = os.fsync, torch.utils.data.DataLoader, Path("marker")
-seconds, engine.GRACE, workers = float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+seconds, workers = float(sys.argv[1]), int(sys.argv[2])
 
 
 def slow_flush(handle):
@@ -33,5 +32,5 @@ def loader_with_workers(*arguments, **settings):
 os.fsync = slow_flush
 if workers:
     torch.utils.data.DataLoader = loader_with_workers
-sys.argv = ["train.py", *sys.argv[4:]]
+sys.argv = ["train.py", *sys.argv[3:]]
 runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
