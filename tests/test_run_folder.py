@@ -269,7 +269,7 @@ def test_scores_of_ones_own_images_need_no_download(home, capsys, monkeypatch):
 
 @pytest.mark.parametrize("later, saves", [(0.1, True), (6.0, False)])
 def test_a_second_request_to_stop(later, saves):
-    """Five seconds after the first one it leaves without saving. Sooner it is the same request, which SLURM and
+    """Five seconds after the first one it leaves without saving. Sooner it is the same one, that SLURM and
     torchrun both send. The previous handlers are restored at the end."""
     code = f"""if True:
         import os, signal, sys, time
