@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The choices that the paper leaves open ("The choices" in RESULTS.md), tried from three many-step models: a
-# long run of the default recipe, the default recipe, and `mnist` (MNIST=npz:/FULL/PATH takes another copy).
+# The choices that the paper leaves open ("Which settings matter?" in RESULTS.md), tried from three many-step
+# models: a long run of the default recipe, the default recipe, and `mnist` (MNIST=npz:/FULL/PATH takes another
+# copy).
 #
 #     bash experiments/choices.sh runs/long runs/shapes runs/mnist-0
 #

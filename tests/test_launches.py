@@ -189,7 +189,7 @@ def test_what_looks_at_a_number_cannot_be_recorded(tape):
 
 
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch):
-    """glibc takes both limits. What they save is luck of the heap: RESULTS.md has it."""
+    """glibc takes both limits. What they save is luck of the heap: experiments/LOG.md has it."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("another C library than glibc")
     mallopt, answers = ctypes.CDLL(None).mallopt, []

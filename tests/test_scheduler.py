@@ -298,14 +298,14 @@ def test_auto_is_second_order_and_none_is_first(kind):
 # ---- documents ----------------------------------------------------------------------------------------
 
 def test_the_pipeline_in_the_readme(monkeypatch):
-    """Its four lines, with random weights: 20 steps with guidance, as `kappa` auto takes them."""
+    """Its five lines, with random weights: 20 steps with guidance, as `kappa` auto takes them."""
     lines = blocks((ROOT / "README.md").read_text(), "python", "<!-- a pipeline -->")[0]
     pipe, names = pipeline("dit")[0], {}
     seen, call = [], pipe.transformer.forward
     monkeypatch.setattr(pipe.transformer, "forward", lambda *x, **how: seen.append(0) or call(*x, **how))
     monkeypatch.setattr(diffusers.DiTPipeline, "from_pretrained", lambda name: pipe)
     exec(lines, names)
-    assert len(lines.splitlines()) == 4 and len(names["images"]) == 2 and len(seen) == 20
+    assert len(lines.splitlines()) == 5 and len(names["images"]) == 2 and len(seen) == 20
     assert isinstance(pipe.scheduler, UCGMScheduler) and pipe.scheduler.config.kappa == "auto"
 
 
