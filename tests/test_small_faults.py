@@ -51,14 +51,15 @@ def test_nan_is_no_setting_of_an_objective():
     ("sample.py", "--seeds 18446744073709551616"), ("sample.py", "--batch_size 0"), ("sample.py", "--num 0"),
     ("sample.py", "--out missing.jpg --num 300000"), ("sample.py", "--recipe mnist"),
     ("fid.py", "--batch_size 0"),
-    ("fid.py", "--num 1 --ckpt x"), ("extras/latents.py", "encode --shard 0"), ("extras/latents.py", "encode --size 0"),
+    ("fid.py", "--num 1 --ckpt x"), ("extras/latents.py", "encode --shard 0"),
+    ("extras/latents.py", "encode --size 0"),
     ("sample.py", "--cfg_interval 1"), ("fid.py", "--image_size -1 --train")])
 def test_small_mistakes_leave_nothing_behind(home, capsys, script, words):
     status, _, err = run(script, *words.split(), capsys=capsys)
     assert status == 2 and len(err.strip().splitlines()) == 1 and not list(home.iterdir())
 
 
-def test_precision_wants_more_images_than_neighbours():
+def test_precision_needs_more_images_than_neighbours():
     with pytest.raises(ValueError, match="more than 3 images"):
         fid.precision_recall(torch.rand(3, 2), torch.rand(30, 2))
 
@@ -90,7 +91,7 @@ def test_a_network_must_return_what_it_gets_and_have_what_is_asked(monkeypatch):
     monkeypatch.setitem(model.MODELS, "bare", lambda **shape: net)
     assert build(Config(model="bare"), (3, 8, 8), 4) is net
     del net.grad_checkpoint
-    with pytest.raises(ValueError, match="does not know grad_checkpoint"):
+    with pytest.raises(ValueError, match="has no grad_checkpoint"):
         build(Config(model="bare", grad_checkpoint=True), (3, 8, 8), 4)
 
 
@@ -139,17 +140,16 @@ def test_damaged_metadata_is_named(tmp_path):
 # ---- scores -------------------------------------------------------------------------------------------
 
 class Features:
-    def __init__(self, hash, resize):
-        self.hash, self.resize = hash, resize
+    hash = "mine"
 
 
-@pytest.mark.parametrize("made, named", [
-    ({"weights": "other", "resize": "mine"}, "weights other, not mine"),
-    ({"weights": "mine", "resize": "pytorch-fid"}, "resize pytorch-fid")])
-def test_a_reference_of_other_features_is_refused(tmp_path, made, named, capsys):
+@pytest.mark.parametrize("provenance, named", [
+    ({"weights": "other", "resize": "torch-fidelity"}, "weights other, not mine"),
+    ({"weights": "mine", "resize": "pytorch-fid"}, "resize pytorch-fid, not torch-fidelity")])
+def test_a_reference_of_other_features_is_refused(tmp_path, provenance, named, capsys):
     file = str(tmp_path / "ref.npz")
-    np.savez(file, mu=np.zeros(3), sigma=np.eye(3), made=json.dumps(made))
-    options, features = fid.Options(ref=file), Features("mine", "mine")
+    np.savez(file, mu=np.zeros(3), sigma=np.eye(3), made=json.dumps(provenance))
+    options, features = fid.Options(ref=file), Features()
     with pytest.raises(ValueError, match=named):
         fid.inception_reference(options, features, False)
     np.savez(file, mu=np.zeros(3), sigma=np.eye(3))
@@ -161,7 +161,7 @@ def test_the_inception_score_of_sorted_folders_is_that_of_a_shuffled_set(tmp_pat
     """12,000 images sorted by class: in the order of the names a chunk of 5,000 knows few of ten classes."""
     names = [f"{k // 1200}/{k:05d}.png" for k in range(12_000)]
     monkeypatch.setattr(fid, "find_images", lambda path: (names, {}))
-    monkeypatch.setattr(fid, "read_opaque", lambda name: np.full((2, 2, 3), int(name[0]), np.uint8))
+    monkeypatch.setattr(fid, "read_rgb", lambda name, on_white: np.full((2, 2, 3), int(name[0]), np.uint8))
     result = Statistics()
     for first, x in fid.stored_images(f"folder:{tmp_path}", 500):
         scores = torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), 10) * 1000.0
@@ -200,7 +200,8 @@ def test_a_system_without_unix_signals_and_resource(home):
         import signal, sys, types
         sys.modules["resource"] = None
         del signal.SIGUSR1
-        import torch, train, sample, fid, latents, log
+        import torch, train, sample, fid, log
+        import extras.latents
         assert log.peak_memory(torch.device("cpu")) == 0 and train.Signals(None)
         usage = types.SimpleNamespace(ru_maxrss=3 * 2**30)
         sys.modules["resource"] = types.SimpleNamespace(getrusage=lambda who: usage, RUSAGE_SELF=0)
