@@ -283,14 +283,15 @@ def pick_features(options, model):
 
 def inception_reference(options, features, keep):
     """(Statistics of --ref, their provenance or None)."""
-    real, provenance = Statistics(), None
-    if keep or not is_statistics(options.ref):
-        real = collect(stored_images(options.ref, options.batch_size), None, features, keep, "reference")
-    if is_statistics(options.ref):
-        real.given_moments, provenance = read_statistics(options.ref)
-        for key, mine in (("weights", features.hash), ("resize", RESIZE)):
-            if provenance.get(key, mine) != mine:
-                raise UserError(f"{options.ref} has {key} {provenance[key]}, not {mine}: redo --stats")
+    batches = stored_images(options.ref, options.batch_size)
+    if not is_statistics(options.ref):
+        return collect(batches, None, features, keep, "reference"), None
+    moments, provenance = read_statistics(options.ref)
+    for key, mine in (("weights", features.hash), ("resize", RESIZE)):
+        if provenance.get(key, mine) != mine:
+            raise UserError(f"{options.ref} has {key} {provenance[key]}, not {mine}: make it with --stats")
+    real = collect(batches, None, features, keep, "reference") if keep else Statistics()
+    real.given_moments = moments
     return real, provenance
 
 

@@ -143,10 +143,8 @@ def check_unreadable(reasons, count):
 # ---- a folder as one array ----------------------------------------------------------------------------
 
 def read_folder(folder, size, cache=None):
-    """(images uint8 (N, 3, size, size), the index in the Folder of each).
-
-    cache: where to keep the array, which is memory-mapped from then on until the files change.
-    """
+    """(images uint8 (N, 3, size, size), the index in the Folder of each). cache: a folder that keeps the
+    array, memory-mapped from then on until the files change."""
     count, rows, bad = len(folder.paths), [], []
     file = Path(cache or "") / f"images{size}_{folder.fingerprint(size)}.npy"
     rows_file, use_cache = file.with_suffix(".json"), bool(cache) and count >= CACHE_FROM

@@ -284,8 +284,8 @@ def is_current(path, settings, part):
 
 
 def encode_shard(autoencoder, part, first, options, device, bar):
-    """(tensors, names of the encoded images, [name, reason] of the unreadable) of a part of a Folder. Its image
-    k is encoded with noise number first + k."""
+    """(tensors, names of the encoded images, [name, reason] of the others) of a part of a Folder. Its image k
+    is encoded with noise number first + k."""
     batches, kept, bad = {"latents": [], "latents_flip": []}, [], []
     read = lambda path: np.asarray(centre_crop(read_rgb(path), options.size)).transpose(2, 0, 1)
     for images, reasons in read_many(part.paths, read, options.batch_size, options.workers):
