@@ -27,7 +27,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from config import UserError
-from engine import as_one_error, locked, one_line, print0, rank_and_world
+from engine import as_one_error, locked, one_line, print0
 from images import find_classes, read_folder
 from shapes import Shapes, derive_seed, uniforms
 
@@ -92,7 +92,7 @@ def uint8_reader(x):
 def open_folder(path, size, seed, cache):
     folder = find_classes(path)
     print0(folder)
-    x, rows = read_folder(folder, size, cache, progress=rank_and_world()[0] == 0)
+    x, rows = read_folder(folder, size, cache)
     labels, names = np.asarray(folder.labels)[rows], np.asarray(folder.names(), object)[rows]
     identity = "\n".join(names).encode()
     return FiniteDataset(uint8_reader(x), labels, x.shape[1:], folder.classes, seed, True, identity)

@@ -88,7 +88,7 @@ for seed in "$@"; do
   peers curves "curves-mnist-$seed" --num 2000 --nfe 20,40 --kappas 0,0.5,0.7 --no-others --data "$mnist"
   peers curves "curves-mnist-$seed" --num 2000 --nfe 80 --kappas 0 --no-others --data "$mnist"
 
-  # Fashion-MNIST, by two judges: forty calls, twenty, few, and peers as above
+  # Fashion-MNIST, by two metrics: forty calls, twenty, few, and peers as above
   many=runs/fashion-$seed
   python train.py --recipe fashion --seed "$seed" --out "$many"
   fashion() {   # NAME RUN FLAGS

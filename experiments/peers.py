@@ -4,7 +4,7 @@
     python experiments/peers.py meanflow --ckpt runs/shapes32 --seconds 60          # MeanFlow, tuned from it
 
 The samplers are UCGM-S, Euler, Heun and DPM-Solver++(2M), each at several numbers of network calls. A line of
-the output is a score as fid.py's: FD-NAME, its floor, accuracy, variety, N, NFE.
+the output has a score as fid.py reports it: FD-NAME, its floor, accuracy, N and NFE.
 """
 import copy
 import json
@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import number_or_word, read_flags, setting
 from data import noise_like_seed, open_dataset, to_uint8
 from engine import autocast, pick_device, run
-from extras.judges import TwoJudges
+from extras.effnet import WithEffNet
 from features import SmallFeatures
-from fid import collect, compare, stream_images
+from fid import classifier_scores, collect, stream_images
 from model import TimeEmbed
 from objective import expand, predict, resolve
 from sample import open_pipeline
@@ -39,10 +39,10 @@ class Options:
     ckpt: str = setting("", "a many-step model")
     out: str = setting("peers.jsonl", "lines are added to this file")
     data: str = setting("", "real images; empty: what the model was trained on")
-    num: int = setting(4000, "images for each score")
-    seed: int = setting(0, "of the images and of MeanFlow's training")
-    batch_size: int = setting(500, "images at a time")
-    effnet: bool = setting(False, "FD-EffNet, too")
+    num: int = setting(4000, "images per score")
+    seed: int = setting(0, "seed of the images and of MeanFlow's training")
+    batch_size: int = setting(500, "images per batch")
+    effnet: bool = setting(False, "add FD-EffNet")
     nfe: str = setting("5,10,20,40,80", "network calls", "curves")
     kappas: str = setting("0,auto,0.2,0.5", "of UCGM-S")
     others: bool = setting(True, "also Heun and DPM-Solver++(2M)")
@@ -178,19 +178,19 @@ def sample_meanflow(flow, z, y, times):
 
 # ---- scores -------------------------------------------------------------------------------------------
 
-class Judge:
-    """Scores ways to draw images, with the same noise, classes and real images for all."""
+class Scorer:
+    """Scores several ways to draw images, all with the same noise, classes and real images."""
 
     def __init__(self, model, options):
         self.model, self.options, num = model, options, options.num
         source = options.data or model.config.data
-        kind = source.partition(":")[0]
-        self.kind = kind if kind in ("shapes", "fashion") else "mnist"
-        size = model.shape[-1] if self.kind == "shapes" else None
+        name = source.partition(":")[0]
+        self.name = name if name in ("shapes", "fashion") else "mnist"
+        size = model.shape[-1] if self.name == "shapes" else None
         data = open_dataset(source, size, 1000, test=True)
         self.num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
-        own = SmallFeatures(self.kind, data.shape)
-        self.features = TwoJudges(own) if options.effnet else own
+        own = SmallFeatures(self.name, data.shape)
+        self.features = WithEffNet(own) if options.effnet else own
         self.real, self.floor = (self.statistics(stream_images(data, start, self.num, options.batch_size))
                                  for start in (0, self.num))
 
@@ -207,10 +207,10 @@ class Judge:
                 x = draw(noise_like_seed(seeds, self.model.shape), y)
             yield first, to_uint8(x), y
 
-    def __call__(self, name, nfe, draw, **more):
+    def __call__(self, method, nfe, draw, **more):
         start = time.perf_counter()
-        scores = compare(self.kind, [], self.statistics(self.images(draw)), self.real, self.floor)
-        line = {"method": name, "NFE": nfe, **{key: round(value, 4) for key, value in scores.items()},
+        scores = classifier_scores(self.name, self.statistics(self.images(draw)), self.real, self.floor)
+        line = {"method": method, "NFE": nfe, **{key: round(value, 4) for key, value in scores.items()},
                 "N": self.num, "seed": self.options.seed, "ckpt": self.options.ckpt,
                 "seconds": round(time.perf_counter() - start, 1), **more}
         print(json.dumps(line), flush=True)
@@ -219,25 +219,25 @@ class Judge:
 
 
 def curves(model, options):
-    judge, net, gap = Judge(model, options), model.net, model.config.gap
+    score, net, gap = Scorer(model, options), model.net, model.config.gap
     for nfe in map(int, options.nfe.split(",")):
         for kappa in map(number_or_word, filter(None, options.kappas.split(","))):
             name = f"UCGM-S kappa {kappa}" if kappa else "Euler"
-            judge(name, nfe, partial(sample, net, transport="linear", steps=nfe, kappa=kappa, gap=gap))
+            score(name, nfe, partial(sample, net, transport="linear", steps=nfe, kappa=kappa, gap=gap))
         if options.others:
-            judge("Heun", nfe - 1 + nfe % 2, partial(heun, net, times=time_grid(nfe, gap=gap, order=2)))
+            score("Heun", nfe - 1 + nfe % 2, partial(heun, net, times=time_grid(nfe, gap=gap, order=2)))
             times = time_grid(nfe, gap=gap)
-            judge("DPM-Solver++(2M)", nfe, partial(dpm_solver_2m, net, transport="linear", times=times))
+            score("DPM-Solver++(2M)", nfe, partial(dpm_solver_2m, net, transport="linear", times=times))
 
 
 def meanflow(model, options):
     flow, steps = tune_meanflow(model, options)
-    judge, cost = Judge(model, options), dict(train_seconds=options.seconds, train_steps=steps)
+    score, cost = Scorer(model, options), dict(train_seconds=options.seconds, train_steps=steps)
     for nfe in (1, 2, 4):
-        judge("MeanFlow", nfe, partial(sample_meanflow, flow, times=torch.linspace(1, 0, nfe + 1)), **cost)
+        score("MeanFlow", nfe, partial(sample_meanflow, flow, times=torch.linspace(1, 0, nfe + 1)), **cost)
     for t in (0.3, 0.4, 0.7):
         times = torch.tensor([1.0, t, 0.0])
-        judge(f"MeanFlow, second call at {t}", 2, partial(sample_meanflow, flow, times=times), **cost)
+        score(f"MeanFlow, second call at {t}", 2, partial(sample_meanflow, flow, times=times), **cost)
 
 
 def main(task, options):

@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
 import shapes
 from config import read_flags, setting
+from data import to_uint8
 from engine import pick_device, run
 from features import SmallFeatures
 from fid import collect, frechet
 from sample import open_pipeline
 from sampler import sample
 
-# What is read, and the column of the uniforms of data.Shapes that decides it.
+# What is read, and the column of the uniforms of shapes.Shapes that decides it.
 NUMBERS = {"x": 1, "y": 2, "size": 3, "angle": 4, "saturation": 6, "value": 7, "paper saturation": 9,
            "paper value": 10}
 COLUMNS, ANGLE = list(NUMBERS.values()), list(NUMBERS).index("angle")
@@ -83,7 +83,7 @@ def train_reader(steps):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return lambda x: net(data.to_uint8(x).float() / 127.5 - 1).detach()
+    return lambda x: net(to_uint8(x).float() / 127.5 - 1).detach()
 
 
 def spread(read, y):
@@ -104,7 +104,7 @@ def price(num):
     def moments(seed, count, change=()):
         starts = range(0, count, 1000)
         places = ((first, first + np.arange(min(1000, count - first))) for first in starts)
-        batches = ((first, data.to_uint8(draws(seed, place, change)[0])) for first, place in places)
+        batches = ((first, to_uint8(draws(seed, place, change)[0])) for first, place in places)
         return collect(batches, count, features).moments()
     real = moments(1, 2 * num)
     for name, columns, shares in (("nothing", [4], [1]), ("angle", [4], [0.9, 0.8, 0.7]),

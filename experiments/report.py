@@ -23,7 +23,7 @@ class Options:
 
 
 def read(paths):
-    """The lines, with "data", "score" and "method" in each; a line that two judges scored is two."""
+    """The lines, with "data", "score" and "method" in each; a line with a second metric becomes two."""
     lines = []
     for path in paths:
         try:

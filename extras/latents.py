@@ -1,12 +1,12 @@
-"""Latents: pretrained autoencoders, data sets encoded by one, and what published recipes need.
+"""Latents: pretrained autoencoders, data sets encoded with them, and the files that published recipes need.
 
     torchrun --nproc_per_node=8 -m extras.latents encode --data folder:/imagenet/train --vae sd-ema
     python train.py --recipe in256-sd --data latents:latents
-    python -m extras.latents fetch in256-sd        # autoencoder, FID reference and published weights
+    python -m extras.latents fetch in256-sd        # the autoencoder, FID reference and published weights
 
-An encoded folder holds shards latents_rank00_shardKKK.safetensors (latents, latents_flip: float32 N C h w;
-labels: int64), latents_stats.pt (mean, std: 1 C 1 1) and manifest.json (which image is in which shard, which
-could not be read). UCGM and LightningDiT publish such files, and theirs are read as well.
+An encoded folder contains shards latents_rank00_shardKKK.safetensors (latents, latents_flip: float32 N C h w;
+labels: int64), latents_stats.pt (mean, std: 1 C 1 1) and manifest.json (which image is in which shard, and
+which could not be read). Folders in the format of UCGM and LightningDiT can be read, too.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,31 +15,31 @@ from config import UserError, command_line, read_flags, recipe_row, setting
 from recipes import RECIPES
 
 
-class Kind(NamedTuple):
-    loader: str             # class of diffusers, or ldm: a .pt with the names of latent diffusion
+class Source(NamedTuple):
+    loader: str             # a class of diffusers, or ldm: a .pt with latent diffusion's parameter names
     home: str               # repository on the hub
-    multiplier: float       # the network sees latent * multiplier; 0: (latent - mean) / std, by statistics
+    multiplier: float       # the network sees latent * multiplier; 0: (latent - mean) / std
 
 
 AUTOENCODERS = {
-    "sd-ema":    Kind("AutoencoderKL", "stabilityai/sd-vae-ft-ema", 0.18215),               # f8, C 4
-    "sd-mse":    Kind("AutoencoderKL", "stabilityai/sd-vae-ft-mse", 0.18215),               # f8, C 4
-    "e2e-vavae": Kind("AutoencoderKL", "REPA-E/e2e-vavae-hf", 0),                           # f16, C 32
-    "vavae":     Kind("ldm", "hustvl/vavae-imagenet256-f16d32-dinov2", 0),                  # f16, C 32
-    "dc-ae":     Kind("AutoencoderDC", "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 0),     # f32, C 32
+    "sd-ema":    Source("AutoencoderKL", "stabilityai/sd-vae-ft-ema", 0.18215),               # f8, C 4
+    "sd-mse":    Source("AutoencoderKL", "stabilityai/sd-vae-ft-mse", 0.18215),               # f8, C 4
+    "e2e-vavae": Source("AutoencoderKL", "REPA-E/e2e-vavae-hf", 0),                           # f16, C 32
+    "vavae":     Source("ldm", "hustvl/vavae-imagenet256-f16d32-dinov2", 0),                  # f16, C 32
+    "dc-ae":     Source("AutoencoderDC", "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 0),     # f32, C 32
 }
 
 
 @dataclass
 class Options:
-    data: str = setting("", "folder:PATH with one sub-folder a class", "encode")
-    vae: str = setting("sd-ema", f"{' '.join(AUTOENCODERS)}; or NAME=PATH for a local folder or file")
+    data: str = setting("", "folder:PATH with one sub-folder per class", "encode")
+    vae: str = setting("sd-ema", f"{' '.join(AUTOENCODERS)}; or NAME=PATH, a local folder or file")
     size: int = setting(256, "side of the images, in pixels", least=1)
     out: str = setting("latents", "folder to write")
-    shard: int = setting(10000, "images in a shard", least=1)
-    max_unreadable: int = setting(100, "so many damaged images end the encoding")
-    batch_size: int = setting(32, "images at a time", least=1)
-    workers: int = setting(4, "processes that read images", least=0)
+    shard: int = setting(10000, "images per shard", least=1)
+    max_unreadable: int = setting(100, "stop after more unreadable images than this")
+    batch_size: int = setting(32, "images per batch", least=1)
+    workers: int = setting(4, "worker processes that read images", least=0)
     device: str = setting("auto", "cuda, mps or cpu")
 
 
@@ -53,7 +53,7 @@ def read_task(argv):
     raise UserError(f"unknown task {task!r}: give encode --data folder:PATH, or fetch RECIPE")
 
 
-if __name__ == "__main__":      # before torch is loaded: -h and a mistyped flag answer at once
+if __name__ == "__main__":      # before torch is loaded, so that -h and typing errors answer at once
     TASK, GIVEN = command_line(read_task)
 
 import hashlib
@@ -88,16 +88,15 @@ def by_channel(values):
 class Autoencoder:
     """Images (B, 3, S, S) in [-1, 1] to latents (B, C, h, w) and back; a network sees (latent - mean) / std.
 
-    name: of AUTOENCODERS, or NAME=PATH. mean, std: by channel; empty: what comes with the autoencoder.
-    UserError: no diffusers, unknown name, nothing at PATH, no statistics.
+    name: one of AUTOENCODERS, or NAME=PATH. mean, std: per channel; empty: those of the autoencoder.
     """
 
     def __init__(self, name, mean=(), std=()):
-        kind, self.net = load_autoencoder(name)
+        source, self.net = load_autoencoder(name)
         if mean:
             self.mean, self.std = by_channel(mean), by_channel(std)
         else:
-            self.mean, self.std = normalisation(name, {} if kind.multiplier else find_stats(name, self.net))
+            self.mean, self.std = normalisation(name, {} if source.multiplier else find_stats(name, self.net))
 
     def to(self, device):
         self.net, self.mean, self.std = self.net.to(device), self.mean.to(device), self.std.to(device)
@@ -111,7 +110,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, x, noise):
-        """Raw latents; where the encoder gives a distribution, its sample by noise(shape of one)."""
+        """Raw latents. If the encoder returns a distribution, draw from it with noise(shape of a latent)."""
         posterior = self.net.encode(x)
         if hasattr(posterior, "latent"):
             return posterior.latent
@@ -120,46 +119,44 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, x, at_once=8):
-        """Images from what the network sees; few at once, since activations are a thousand times larger."""
+        """Images from what the network sees, few at once: activations are a thousand times larger."""
         with torch.autocast(x.device.type, enabled=False):
             parts = (x.float() * self.std + self.mean).split(at_once)
             return torch.cat([self.net.decode(part).sample.clamp(-1, 1) for part in parts])
 
 
 def decoder(config, device):
-    """`decode` of a run's autoencoder on process 0, or None: its pages then show three channels."""
+    """The `decode` of a run's autoencoder on process 0, else None: pages then show three channels."""
     if not config.vae or rank_and_world()[0]:
         return None
     try:
         return Autoencoder(config.vae, config.latent_mean, config.latent_std).to(device).decode
-    except ValueError as error:
-        print0(f"the pages of this run show three channels of the latents: {error}")
+    except UserError as error:
+        print0(f"pages of this run show three channels of the latents: {error}")
 
 
 def load_autoencoder(name):
-    """(Kind, frozen network in float32)."""
+    """(Source, frozen network in float32)."""
     short, _, path = name.partition("=")
     if short not in AUTOENCODERS:
         raise UserError(f"unknown autoencoder {short!r}: give {', '.join(AUTOENCODERS)}, or NAME=PATH")
-    try:
+    source = AUTOENCODERS[short]
+    with as_one_error("autoencoders need diffusers", "pip install diffusers"):
         import diffusers
-    except ImportError as error:
-        raise UserError("autoencoders come from diffusers: pip install diffusers") from error
-    kind = AUTOENCODERS[short]
     hint = f"give --vae {short}=PATH, or fetch it where there is a network"
-    with as_one_error(f"cannot load {name} from {path or kind.home}", hint):
-        if kind.loader == "ldm":
+    with as_one_error(f"cannot load {name} from {path or source.home}", hint):
+        if source.loader == "ldm":
             from huggingface_hub import hf_hub_download
-            file = path or hf_hub_download(kind.home, kind.home.rpartition("/")[2] + ".pt")
+            file = path or hf_hub_download(source.home, source.home.rpartition("/")[2] + ".pt")
             net = from_ldm(torch.load(file, map_location="cpu", weights_only=True))
         else:
-            load = getattr(diffusers, kind.loader).from_pretrained
-            net = load(path or kind.home, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    return kind, net.eval().requires_grad_(False)
+            load = getattr(diffusers, source.loader).from_pretrained
+            net = load(path or source.home, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    return source, net.eval().requires_grad_(False)
 
 
 def from_ldm(tensors):
-    """A diffusers AutoencoderKL from latent diffusion's names (VA-VAE: attention within the last level)."""
+    """A diffusers AutoencoderKL from latent diffusion's tensors (VA-VAE has attention in its last level)."""
     from diffusers import AutoencoderKL
     tensors = tensors.get("state_dict", tensors)
     parts = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")
@@ -191,7 +188,7 @@ def from_ldm(tensors):
 
 
 def find_stats(name, net):
-    """{"mean", "std"} as an autoencoder brings them: in its config, or latents_stats.pt beside it."""
+    """{"mean", "std"} of an autoencoder's latents, from its config or from latents_stats.pt beside it."""
     if getattr(net.config, "latents_mean", None) is not None:
         return {"mean": net.config.latents_mean, "std": net.config.latents_std}
     short, _, path = name.partition("=")
@@ -200,7 +197,7 @@ def find_stats(name, net):
         from huggingface_hub import hf_hub_download
         file = folder / file if path else hf_hub_download(AUTOENCODERS[short].home, file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:           # whatever the reason, normalisation says what to do about it
+    except Exception:           # whatever the reason, normalisation says what to do
         return {}
 
 
@@ -210,7 +207,7 @@ def normalisation(name, stats):
         return by_channel([0]), by_channel([1 / multiplier])
     if stats.get("mean") is None or stats.get("std") is None:
         raise UserError(f"{name} has no statistics of its latents: put latents_stats.pt into the folder of "
-                         "latents:DIR, or of --vae NAME=PATH")
+                        "latents:DIR or of --vae NAME=PATH")
     return by_channel(stats["mean"]), by_channel(stats["std"])
 
 
@@ -224,8 +221,8 @@ def crop_middle(image, width, height):
 
 
 def centre_crop(image, size):
-    """An RGB image to size x size as ADM does it: halve by boxes while twice too large, bicubic, crop."""
-    image = crop_middle(image, 4 * min(image.size), 4 * min(image.size))    # the ends of a strip go first
+    """An RGB image to size x size as in ADM: box-halve while at least twice too large, bicubic, crop."""
+    image = crop_middle(image, 4 * min(image.size), 4 * min(image.size))    # or a strip would vanish
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -234,13 +231,12 @@ def centre_crop(image, size):
 
 
 def encode(options):
-    """Encode a folder. Shards that are there are kept: the same command goes on after an interruption, and
-    encodes again those whose files have changed or could not be read."""
+    """Encode a folder. The same command resumes after an interruption: it keeps finished shards, except those
+    whose files have changed or could not be read."""
     rank, world = rank_and_world()
-    kind, _, root = options.data.partition(":")
-    if kind != "folder":
-        raise UserError(f"data {options.data!r} is not folder:PATH, with PATH/cats/1.jpg, ...")
-    folder = find_classes(os.path.expanduser(root))
+    if not options.data.startswith("folder:"):
+        raise UserError(f"data is {options.data!r}; expected folder:PATH with images such as PATH/cats/1.jpg")
+    folder = find_classes(os.path.expanduser(options.data.removeprefix("folder:")))
     print0(folder)
     device, out, count = pick_device(options.device), Path(options.out), len(folder.paths)
     autoencoder = Autoencoder(options.vae, (0.0,), (1.0,)).to(device)
@@ -253,17 +249,18 @@ def encode(options):
     share = min(count, -(-len(shards) // world) * options.shard)
     unreadable, bar = 0, tqdm(total=share, unit="image", disable=rank > 0)
     for path, first in list(shards.items())[rank::world]:
-        part = folder.part(first, first + options.shard)
+        last = first + options.shard
+        part = folder._replace(paths=folder.paths[first:last], labels=folder.labels[first:last])
         if path.is_file() and is_current(path, settings, part):
             bar.update(len(part.paths))
             continue
         tensors, kept, bad = encode_shard(autoencoder, part, first, options, device, bar)
         unreadable += len(bad)
         if unreadable > options.max_unreadable:
-            raise UserError(f"{unreadable} images could not be read, the last: {bad[-1][1]}, or raise "
-                             "--max_unreadable")
+            raise UserError(f"{unreadable} images cannot be read; the last: {bad[-1][1]}, or raise "
+                            "--max_unreadable")
         notes = {"settings": settings, "files": part.fingerprint(), "pictures": kept, "unreadable": bad}
-        metadata = {"notes": json.dumps(notes)}         # one entry: safetensors writes several in any order
+        metadata = {"notes": json.dumps(notes)}         # one entry: safetensors keeps no order
         atomic_write(path, partial(safetensors.torch.save_file, tensors, metadata=metadata))
     bar.close()
     if world > 1:
@@ -271,13 +268,13 @@ def encode(options):
     if rank == 0:
         for path in out.glob("latents_rank00_shard*.safetensors"):
             if path not in shards and "settings" in map_shard(path)[1]:
-                path.unlink()                           # of images that are no longer there
+                path.unlink()                           # its images no longer exist
         finish(out, settings)
     leave_distributed()
 
 
 def is_current(path, settings, part):
-    """Whether a shard holds these images as they are now. UserError if it was made otherwise."""
+    """Whether a shard is up to date with these images. UserError if it was encoded with other settings."""
     notes = map_shard(path)[1]
     before = notes.get("settings", {})
     if changed := [name for name in settings if before.get(name) != settings[name]]:
@@ -287,20 +284,19 @@ def is_current(path, settings, part):
 
 
 def encode_shard(autoencoder, part, first, options, device, bar):
-    """(tensors, names of the images in them, [name, why it could not be read] of the others) of a part of a
-    Folder; image k of it has the noise of first + k."""
+    """(tensors, names of the encoded images, [name, reason] of the others) of a part of a Folder. Its image k
+    is encoded with noise number first + k."""
     batches, kept, bad = {"latents": [], "latents_flip": []}, [], []
     read = lambda path: np.asarray(centre_crop(read_rgb(path), options.size)).transpose(2, 0, 1)
-    for batch in read_many(part.paths, read, options.batch_size, options.workers):
-        bar.update(len(batch))
-        bad += [(k, x) for k, x in batch if isinstance(x, str)]
-        good = {k: x for k, x in batch if not isinstance(x, str)}
-        kept += list(good)
-        if not good:
+    for images, reasons in read_many(part.paths, read, options.batch_size, options.workers):
+        bar.update(len(images) + len(reasons))
+        bad += reasons.items()
+        kept += images
+        if not images:
             continue
-        x = torch.from_numpy(np.stack(list(good.values()))).to(device).float() / 127.5 - 1
+        x = torch.from_numpy(np.stack(list(images.values()))).to(device).float() / 127.5 - 1
         for side, (name, view) in enumerate((("latents", x), ("latents_flip", x.flip(-1)))):
-            noise = partial(noise_like_seed, [first + k for k in good], step=side)
+            noise = partial(noise_like_seed, [first + k for k in images], step=side)
             batches[name].append(autoencoder.encode(view, noise).float().cpu().contiguous())
     tensors = {name: torch.cat(rows) if rows else torch.zeros(0, 1, 1, 1) for name, rows in batches.items()}
     tensors["labels"] = torch.tensor([part.labels[k] for k in kept], dtype=torch.int64)
@@ -309,7 +305,7 @@ def encode_shard(autoencoder, part, first, options, device, bar):
 
 
 def finish(out, settings):
-    """Statistics over all shards, and the manifest."""
+    """Write the statistics over all shards and the manifest."""
     shards, n, total, square = {}, 0, 0.0, 0.0
     for path in sorted(out.glob("latents_rank*_shard*.safetensors")):
         arrays, notes = map_shard(path)
@@ -319,7 +315,7 @@ def finish(out, settings):
             n, total, square = n + rows.shape[1], total + rows.sum(1), square + rows.square().sum(1)
     bad = [why for shard in shards.values() for _, why in shard["unreadable"]]
     if not n:
-        raise UserError(f"not one image could be read, the first: {bad[0]}")
+        raise UserError(f"no image can be read; the first: {bad[0]}")
     mean, variance = total / n, square / n - (total / n).square()
     stats = {"mean": by_channel(mean), "std": by_channel(variance.clamp_min(0).sqrt())}
     manifest = json.dumps({**settings, "shards": shards}, indent=1)
@@ -328,47 +324,47 @@ def finish(out, settings):
     for leftover in out.glob("*.tmp"):
         leftover.unlink()
     count = sum(len(shard["pictures"]) for shard in shards.values())
-    made = settings["vae"], settings["size"]
-    fits = [name for name, row in RECIPES.items() if (row.get("vae"), row.get("image_size")) == made]
-    recipe = fits[0] if fits else f"in256-sd --vae {settings['vae']}"
-    print(*bad, f"{out}: {count} images encoded, {len(bad)} could not be read. Next: python train.py "
+    vae, size = settings["vae"], settings["size"]
+    fitting = (name for name, row in RECIPES.items()
+               if (row.get("vae"), row.get("image_size")) == (vae, size))
+    recipe = next(fitting, f"in256-sd --vae {vae}")
+    print(*bad, f"{out}: {count} images encoded, {len(bad)} unreadable. Next: python train.py "
           f"--recipe {recipe} --data latents:{out}", sep="\n")
 
 
 # ---- reading ------------------------------------------------------------------------------------------
 
 def map_shard(path):
-    """(name -> array, mapped into memory; the notes that encode wrote beside them). UserError if damaged."""
-    with (as_one_error(f"{path} is no file of latents, or damaged", "remove it, or take another copy"),
+    """(name -> memory-mapped array, the notes that encode wrote with them) of a shard."""
+    with (as_one_error(f"{path} is not a file of latents, or it is damaged", "replace or remove it"),
           safetensors.safe_open(path, "pt") as file):
         notes = json.loads((file.metadata() or {}).get("notes", "{}"))
         return {name: file.get_tensor(name).numpy() for name in file.keys()}, notes
 
 
 def read_manifest(root, vae):
-    """(autoencoder, class names or None) of a folder of latents; a published one does not say: `vae`."""
+    """(autoencoder, class names or None) of a folder of latents. Published folders need `vae`."""
     file = Path(root) / "manifest.json"
     manifest = json.loads(file.read_text()) if file.is_file() else {}
-    made_by = manifest.get("vae", "")
-    if not (vae or made_by):
-        raise UserError(f"{root} does not say who encoded it: give --vae, one of {', '.join(AUTOENCODERS)}")
-    if vae and made_by and vae.partition("=")[0] != made_by.partition("=")[0]:
-        raise UserError(f"{root} was encoded by {made_by}: give --vae {made_by}, not {vae}, or encode anew")
-    return vae or made_by, manifest.get("classes")
+    used = manifest.get("vae", "")
+    if not (vae or used):
+        raise UserError(f"{root} does not name its autoencoder: give --vae, one of {', '.join(AUTOENCODERS)}")
+    if vae and used and vae.partition("=")[0] != used.partition("=")[0]:
+        raise UserError(f"{root} was encoded with {used}, not {vae}: give --vae {used}, or encode it again")
+    return vae or used, manifest.get("classes")
 
 
 def open_latents(path, seed, vae=""):
-    """The stream of an encoded folder, as a FiniteDataset with .latent = (autoencoder, mean, std).
-    UserError: no shards, shapes that differ, no statistics, not the autoencoder that made them."""
+    """The stream of an encoded folder, as a FiniteDataset with .latent = (autoencoder, mean, std)."""
     root, sides = Path(path), ("latents", "latents_flip")
     shards = [map_shard(file)[0] for file in sorted(root.glob("*.safetensors"))]
     if not shards or any({*sides, "labels"} - shard.keys() for shard in shards):
-        raise UserError(f"no shards of latents, latents_flip and labels in {path}: make them by "
+        raise UserError(f"no shards with latents, latents_flip and labels in {path}: make them with "
                         "python -m extras.latents encode")
     shards = [shard for shard in shards if len(shard["labels"])]
     shape = shards[0]["latents"].shape[1:]
     if any(shard[name].shape != (len(shard["labels"]), *shape) for shard in shards for name in sides):
-        raise UserError(f"the shards in {path} differ in shape: they are of several encodings")
+        raise UserError(f"the shards in {path} differ in shape: they come from several encodings")
     vae, names = read_manifest(root, vae)
     stats = next(root.glob("*stats*.pt"), None)
     mean, std = (value.expand(1, shape[0], 1, 1) for value in
@@ -391,26 +387,26 @@ def open_latents(path, seed, vae=""):
 # ---- from the hub -------------------------------------------------------------------------------------
 
 def fetch(recipe):
-    """Bring what a recipe needs into the hub's cache, and say where it lies and what is not there."""
+    """Download what a recipe needs into the hub's cache, and print where it is and what is missing."""
     from huggingface_hub import snapshot_download
     row = recipe_row(recipe)
     if not row.get("vae"):
-        raise UserError(f"recipe {recipe} needs nothing from the hub; those that do: {', '.join(HUB)}")
-    kind, size = AUTOENCODERS[row["vae"]], row["image_size"]
-    wanted = [("autoencoder", kind.home, "*.json", "*.safetensors", "*.pt"),
+        raise UserError(f"recipe {recipe} needs nothing from the hub; these do: {', '.join(HUB)}")
+    source, size = AUTOENCODERS[row["vae"]], row["image_size"]
+    wanted = [("autoencoder", source.home, "*.json", "*.safetensors", "*.pt"),
               ("FID reference", UCGM_HOME, f"buffers/refs/in1k{size}_fid_ref.npz")]
-    if not kind.multiplier:
+    if not source.multiplier:
         wanted.append(("statistics of latents", UCGM_HOME, f"buffers/vaes/stat/*_{size}.pt"))
     if recipe in HUB:
         wanted.append(("published weights", *HUB[recipe]))
     for what, home, *patterns in wanted:
-        with as_one_error(f"the hub does not give {home}, the {what}", "the same command goes on"):
+        with as_one_error(f"cannot download the {what} from {home}", "run the same command again to resume"):
             folder = Path(snapshot_download(home, allow_patterns=patterns))
         files = [file for pattern in patterns for file in sorted(folder.rglob(pattern))]
         print(f"{what}:", *files, sep="\n  ")
         if not files:
-            print(f"  nothing like {' '.join(patterns)}; look at https://huggingface.co/{home}/tree/main")
-    print("ImageNet itself is not there: https://image-net.org/download-images.php, then encode it.")
+            print(f"  no file matches {' '.join(patterns)}; see https://huggingface.co/{home}/tree/main")
+    print("ImageNet is not on the hub: get it from https://image-net.org/download-images.php and encode it.")
     print(f"Next: python sample.py --recipe {recipe} --ckpt FILE" if recipe in HUB else
           f"Next: torchrun train.py --recipe {recipe} --data latents:DIR")
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from checkpoint import load_model, newest_state, read_state, read_weights
 from data import open_dataset
-from fid import is_statistics, read_reference, stored_images
+from fid import is_statistics, read_statistics, stored_images
 from images import read_rgb
 from extras.latents import map_shard
 from extras.published import unwrap
@@ -50,7 +50,7 @@ def png(path):
 
 
 def read_ref(path):
-    return read_reference(str(path)) if is_statistics(str(path)) else list(stored_images(str(path), 4))
+    return read_statistics(str(path)) if is_statistics(str(path)) else list(stored_images(str(path), 4))
 
 
 KINDS = {"data.npz": (npz, lambda path: open_dataset(f"npz:{path}")), "reference.npz": (reference, read_ref),

@@ -213,7 +213,7 @@ def test_cifar10_in_its_own_format(tmp_path, monkeypatch):
 # ---- bad ones -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, words", [
-    ("folder:missing", "no folder missing"), ("folder:empty", "no images in .*empty"),
+    ("folder:missing", "cannot read folder missing"), ("folder:empty", "no images in .*empty"),
     ("folder:hollow", "no images in .*hollow"), ("folder:broken", "cannot read .*broken/a/x.png"),
     ("npz:no.npz", "no file no.npz"), ("npz:text.npz", "text.npz is not"), ("npz:float.npz", "x uint8"),
     ("npz:other.npz", "other.npz is not"), ("shape", "shapes"), ("cifar", "cifar10"),

@@ -8,7 +8,7 @@ from toys import Net, batch, calls_of, images_of
 from shapes import Shapes
 from experiments.peers import MeanFlow, dpm_solver_2m, heun, meanflow_loss, sample_meanflow
 from experiments.pose import draws
-from features import Inception, resize_matrix
+from features import Inception
 from fid import precision_recall
 from model import DiT
 from sampler import sample, time_grid
@@ -97,25 +97,26 @@ def test_meanflow_starts_as_the_velocity_and_knows_straight_paths(x_pred):
 
 # ---- scores -------------------------------------------------------------------------------------------
 
-STEM = ("Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 MaxPool_1 Conv2d_3b_1x1 Conv2d_4a_3x3 MaxPool_2 Mixed_5b "
-        "Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c").split()
-
-
 @pytest.mark.parametrize("size", [32, 300])
 def test_the_features_are_those_of_torch_fidelity(weights, size):
-    """Feature by feature; the spatial ones by a walk through the peer's modules."""
     peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     peer = peer("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))
     x = torch.from_numpy(images_of(size, 3, 2)).permute(0, 3, 1, 2)
     out, (pool, scores) = Inception(str(weights))(x), peer(x)
     assert_close(out["pool"], pool, rtol=1e-4, atol=1e-5)
     assert_close(out["scores"], scores, rtol=1e-4, atol=1e-4)
-    resize = resize_matrix(size, "torch-fidelity")
-    walk = (resize @ x.float() @ resize.T - 128) / 128
-    for name in STEM:
-        walk = getattr(peer, name)(walk)
-    spatial = peer.Mixed_6d.branch1x1(walk)[:, :7].permute(0, 2, 3, 1).flatten(1)       # (B, 17 * 17 * 7)
-    assert_close(out["spatial"], spatial, rtol=1e-4, atol=1e-5)
+
+
+def test_the_network_is_that_of_pytorch_fid(weights, monkeypatch):
+    """At 299 pixels, where nothing is resized; pytorch-fid resizes and scales images by rules of its own."""
+    peer = pytest.importorskip("pytorch_fid.inception")
+    stored = lambda *given, **more: torch.load(weights, weights_only=True)
+    monkeypatch.setattr(peer, "load_state_dict_from_url", stored)
+    x = torch.from_numpy(images_of(299, 3, 2)).permute(0, 3, 1, 2)
+    net = peer.InceptionV3(resize_input=False, normalize_input=False).eval()
+    with torch.no_grad():
+        pool = net((x.float() - 128) / 128)[0].flatten(1)
+    assert_close(Inception(str(weights))(x)["pool"], pool, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("n, m, k", [(200, 200, 3), (150, 90, 5)])
@@ -129,7 +130,7 @@ def test_precision_and_recall_are_torch_fidelity_s(n, m, k):
 # ---- the numbers of a drawing -------------------------------------------------------------------------
 
 def test_the_numbers_of_a_drawing_are_those_it_was_drawn_from():
-    """The images are those of data.Shapes with classes in turn; narrowing a number narrows that one alone,
+    """The images are those of shapes.Shapes with classes in turn; narrowing a number narrows that one alone,
     and afterwards all is as before."""
     positions, stream = np.arange(64), Shapes(32, 3)
     x, y, u = draws(3, positions)

