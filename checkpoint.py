@@ -1,7 +1,7 @@
 """Weights on disk: model.safetensors to draw from, state_STEP.CHECKSUM.safetensors to resume from.
 
 A model file holds the averaged weights, the config and the class names. A state file holds everything that
-decides the future of a run: weights, averages, teacher, optimiser, step, config. Randomness and the position
+determines the rest of a run: weights, averages, teacher, optimiser, step, config. Randomness and the position
 in the data are functions of (seed, step). Nothing read here is ever executed.
 """
 import dataclasses
@@ -24,20 +24,20 @@ KEEP = 2            # number of states kept, the newest ones
 
 # ---- metadata -----------------------------------------------------------------------------------------
 
-# Settings as they were called in older files, before they had the paper's letters.
+# Names of settings in older files, from before they had the paper's letters.
 OLD_NAMES = {"consistency_ratio": "lam", "enhancement_ratio": "zeta", "enhancement_style": "style",
              "extrapolation": "kappa", "stochasticity": "rho", "cosine": "cosine_loss", "beta": "time_beta",
              "weight": "time_weight", "eps": "dt", "data_output": "x_pred", "shard": "fsdp",
              "decay": "warmdown", "clip": "grad_clip"}
 
 
-def write_metadata(net, config, names, **more):
+def make_metadata(net, config, names, **more):
     return {"format": "nanoUCGM 1", "config": json.dumps(dataclasses.asdict(config)),
             "names": json.dumps(names),
             "shape": json.dumps([net.in_channels, net.input_size, net.input_size]), **more}
 
 
-def read_config(metadata):
+def config_from(metadata):
     """The Config in a file's metadata, without settings that no longer exist."""
     stored = {OLD_NAMES.get(name, name): tuple(value) if isinstance(value, list) else value
               for name, value in json.loads(metadata["config"]).items()}
@@ -50,7 +50,7 @@ def read_config(metadata):
 # ---- models -------------------------------------------------------------------------------------------
 
 NETWORK = ("num_classes", "in_channels", "input_size", "patch_size", "blocks")      # required attributes
-SAMPLING = {"vae", "sample_steps", *SAMPLER}
+FROM_RECIPE = {"vae", "sample_steps", *SAMPLER}             # settings of a recipe that win over a file's
 NO_WEIGHTS = "give a model.safetensors of train.py, or a published checkpoint"
 
 
@@ -78,7 +78,7 @@ def build(config, shape, num_classes):
 
 def save_model(path, tensors, net, config, names):
     """Write tensors (by parameter name) and what is needed to use them into one safetensors file."""
-    metadata = write_metadata(net, config, names)
+    metadata = make_metadata(net, config, names)
     atomic_write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 
@@ -100,9 +100,9 @@ def find_model(path):
 def load_model(path, device="cpu", recipe="", model_name=""):
     """(net, config, class names) of what find_model finds: a model of train.py, or a published checkpoint.
 
-    recipe: its sampler settings win over those of the file; a published file, which has none, also takes its
-    network and transport from there. model_name: tells published files apart that look alike. UserError:
-    damaged, not recognised, or names missing or left over.
+    recipe: its sampler settings and vae win over those of the file; a published file, which has none, also
+    takes its network and transport from there. model_name: distinguishes published files that look alike.
+    UserError: damaged, not recognised, or names missing or left over.
     """
     file, row = find_model(path), recipe_row(recipe) if recipe else {}
     metadata, tensors = read_weights(file, device)
@@ -113,9 +113,9 @@ def load_model(path, device="cpu", recipe="", model_name=""):
             raise UserError(f"{file} is {found['model']}, and recipe {recipe} is for {row['model']}")
         return net, Config(**{**found, **row, "recipe": recipe or "shapes"}), names
     with as_one_error(f"{file} has damaged metadata", "use another copy"):
-        config = read_config(metadata)
+        config = config_from(metadata)
         names, shape = json.loads(metadata["names"]), json.loads(metadata["shape"])
-    config = dataclasses.replace(config, **{name: row[name] for name in SAMPLING & row.keys()})
+    config = dataclasses.replace(config, **{name: row[name] for name in FROM_RECIPE & row.keys()})
     net = build(config, shape, len(names)).to(device)
     fill(net, tensors, file)
     return net.eval().requires_grad_(False), config, names
@@ -156,14 +156,13 @@ def shard_like(value, other):
     return value
 
 
-def state_tensors(nets, optimizer=None):
+def state_tensors(nets, optimizer):
     """One flat dict of whole tensors on the CPU: "net.blocks.0...", "optimizer.blocks.0....exp_avg", ..."""
-    tensors = {f"{part}.{name}".lstrip("."): to_full_cpu(value)
+    tensors = {f"{part}.{name}": to_full_cpu(value)
                for part, net in nets.items() for name, value in net.state_dict().items()}
-    if optimizer is not None:
-        for name, parameter in nets["net"].named_parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{key}"] = to_full_cpu(value)
+    for name, parameter in nets["net"].named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = to_full_cpu(value)
     return tensors
 
 
@@ -176,7 +175,7 @@ def save_state(out, tensors, net, config, names, step):
                    if name.startswith(prefix)}
         name = f"model_ema{decay:g}.safetensors" if k else "model.safetensors"
         save_model(out / name, weights, net, config, names)
-    metadata = write_metadata(net, config, names, step=str(step))
+    metadata = make_metadata(net, config, names, step=str(step))
     write = lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata)
     state_name = lambda temporary: f"state_{step:08d}.{checksum(temporary)}.safetensors"
     written = atomic_write(out / "state", write, state_name)
@@ -186,7 +185,7 @@ def save_state(out, tensors, net, config, names, step):
 
 
 def find_states(out):
-    """The states that a run has written into a folder, newest first. A user's copies have other names."""
+    """The states that a run has written into a folder, newest first. Copies with other names are ignored."""
     pattern = re.compile(r"state_(\d{8,})\.[0-9a-f]{16}\.safetensors")
     found = {path: pattern.fullmatch(path.name) for path in Path(out).glob("state_*")}
     return sorted(filter(found.get, found), key=lambda path: int(found[path][1]), reverse=True)
@@ -211,7 +210,7 @@ def read_state(path):
     with (as_one_error(f"{path} is not a state of train.py", "remove it, and the one before is used"),
           safetensors.safe_open(path, "pt") as stored):
         metadata = stored.metadata() or {}
-        return read_config(metadata), int(metadata["step"]), json.loads(metadata["names"])
+        return config_from(metadata), int(metadata["step"]), json.loads(metadata["names"])
 
 
 @torch.no_grad()
@@ -220,7 +219,7 @@ def restore_state(path, config, nets, optimizer):
     if config.optimizer != (optimizer_name := type(optimizer).__name__.lower()):
         raise UserError(f"the run has the state of {config.optimizer}, not of {optimizer_name}: start "
                         "another --out with --init_from this one")
-    with safetensors.safe_open(path, "pt") as stored:      # closed afterwards, for deleting to free the disk
+    with safetensors.safe_open(path, "pt") as stored:      # closed, so that deleting it frees the disk
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         weights = {f"{part}.{name}": value for part, net in nets.items()
                    for name, value in net.state_dict().items()}

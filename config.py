@@ -3,7 +3,7 @@
 A field of `Config` is a flag of train.py: `--lr 1e-3`, `--fresh` or `--no-fresh`. A recipe (recipes.py) is a
 row of overrides; flags given on the command line win over it. A run's Config is saved with its weights.
 
-The scripts read their flags before they load torch, which takes seconds: -h and typing errors answer at once.
+The scripts read their flags before they load torch, which takes seconds: -h and typos are answered at once.
 """
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # for sums in a 
 
 
 class UserError(ValueError):
-    """A mistake of the user's, or a damaged file: scripts print it in one line and exit with status 2."""
+    """A user's mistake, or a damaged file: scripts print it in one line and exit with status 2."""
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def user_errors():
 
 
 def setting(default, text, group=None, least=-math.inf, most=math.inf, choices=()):
-    """A field with its line of help, and its range or choices. group: a title for the flags from here on."""
+    """A field with its line of help, its range or choices. group: a heading in -h, from this flag on."""
     metadata = {"help": text, "group": group, "range": (least, most), "choices": choices}
     return field(default=default, metadata=metadata)
 
@@ -63,7 +63,7 @@ class Config:
                              "hf://USER/REPO[/FILE]")
     seed: int = setting(0, "determines everything random", least=0, most=2**63 - 1)
     fresh: bool = setting(False, "start over; the old folder is renamed")
-    allow_change: bool = setting(False, "resume even though settings that change the result differ")
+    allow_change: bool = setting(False, "resume although settings that affect the result have changed")
     device: str = setting("auto", "cuda, mps or cpu; auto: the first available")
     threads: int = setting(0, "CPU threads per process; 0: one per core", least=0)
     dtype: str = setting("auto", "bfloat16 or float32; auto: bfloat16 where it is faster",
@@ -92,11 +92,11 @@ class Config:
     time_beta: tuple = setting((1.0, 1.0, 1.0), "t ~ Beta(theta1, theta2) * theta3")
     label_drop: float = setting(0.1, "probability of replacing a label by the null class")
     derivative: str = setting("central", "at lambda 1: central or backward difference, or jvp (exact)")
-    dt: float = setting(0.005, "step of these differences")
+    dt: float = setting(0.005, "step size of these differences")
 
     steps: int = setting(2000, "training steps", "optimisation", least=1)
     batch_size: int = setting(64, "images per step, over all processes; a multiple of 16", least=1)
-    micro_batch: int = setting(0, "most images per pass and process; 0: its whole share", least=0)
+    micro_batch: int = setting(0, "most images per process and pass; 0: its whole share", least=0)
     optimizer: str = setting("adamw", "adamw, radam, or muon (for the matrices of attention and MLP)",
                              choices=("adamw", "radam", "muon"))
     lr: float = setting(2e-3, "learning rate after warm-up", least=0)
@@ -120,7 +120,7 @@ class Config:
                              choices=("", "tensorboard", "wandb"))
 
     # Fields without help are not flags: settings of a recipe, and what is filled in from the data.
-    enhance_range: tuple = (0.0, 0.75)  # times at which the enhancement has its full strength
+    enhance_range: tuple = (0.0, 0.75)  # times at which the enhancement is at full strength
     about: str = ""                     # what the recipe is
     latent_mean: tuple = ()
     latent_std: tuple = ()
@@ -233,11 +233,11 @@ def read_flags(options, argv, doc, row=None, epilog=""):
             how = dict(zip(("type", "metavar"), READERS[base]))
         actions[f] = group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how)
     given, rest = parser.parse_known_args(argv)
-    given, helps = vars(given), vars(given).pop("help")
-    recipe_row = row(given) if row else {}
-    if helps:
+    given = vars(given)
+    wants_help, chosen = given.pop("help"), row(given) if row else {}
+    if wants_help:
         for f, action in actions.items():
-            default = text_of(recipe_row.get(f.name, f.default))
+            default = text_of(chosen.get(f.name, f.default))
             shown = "" if default in ("", "None", "False") else f" [{default}]"
             action.help = f.metadata["help"].replace("%", "%%") + shown
         parser.print_help()

@@ -7,7 +7,7 @@
 |-------------|---------------------------------------------------------------------------------|
 | shapes      | paper cut-outs of eight shapes, rendered by shapes.py: no image comes twice     |
 | mnist[:DIR] | 28x28 digits; torchvision downloads them on first use, into data or DIR         |
-| fashion     | 28x28 clothes, shoes and bags (Fashion-MNIST, arXiv 1708.07747), in the same way|
+| fashion     | 28x28 clothes, shoes and bags (Fashion-MNIST, arXiv 1708.07747), the same way   |
 | cifar10     | 32x32 colour photographs, in the same way; mirrored at random                   |
 | folder:PATH | one sub-folder per class, any sizes: resized, centre-cropped, mirrored at random|
 | npz:PATH    | arrays x (uint8; N, H, W, C or N, H, W) and y (integers)                        |
@@ -48,7 +48,7 @@ class FiniteDataset:
     def __init__(self, read, labels, shape, names, seed, mirror=False, identity=b""):
         self.read, self.labels, self.shape, self.names = read, np.asarray(labels), tuple(shape), names
         self.fingerprint = f"{len(self.labels)} images, {hashlib.sha256(identity).hexdigest()[:12]}"
-        self.seed, self.mirror, self.rows = seed, mirror, np.arange(len(self.labels))   # rows: in the stream
+        self.seed, self.mirror, self.rows = seed, mirror, np.arange(len(self.labels))   # rows in the stream
 
     def __len__(self):
         return len(self.rows)

@@ -22,12 +22,10 @@ import filelock
 import safetensors
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
 
-MAX_SKIPPED = 100   # consecutive steps without a finite gradient, after which the run ends
 UMASK = os.umask(0)
 os.umask(UMASK)     # the only way to read it is to set it
 
@@ -117,11 +115,11 @@ def sum_over_ranks(tensor):
 
 def pick_device(wanted):
     """A torch.device; with several processes per machine, each has its own GPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [name for name in there if there[name]]
-    name = there[0] if wanted == "auto" else wanted
-    if name not in there:
-        raise UserError(f"device {wanted!r} is not available; use one of: {', '.join(there)}")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    names = [name for name in available if available[name]]
+    name = names[0] if wanted == "auto" else wanted
+    if name not in names:
+        raise UserError(f"device {wanted!r} is not available; use one of: {', '.join(names)}")
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     if name == "cuda":
         torch.cuda.set_device(device)           # for streams and graphs, which take the current device
@@ -140,7 +138,8 @@ def keep_freed_memory():
 
 
 def pick_dtype(wanted, device):
-    """The dtype of the matrix products. "auto": bfloat16 where it is faster, which on a CPU is measured."""
+    """The dtype of the matrix products. "auto": bfloat16 where it is faster, which on a CPU is measured. Not
+    float16, whose gradients would need a scaled loss."""
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -165,9 +164,9 @@ def can_compile(device):
 
 def fix_order(device, compiled, exact):
     """Give sums a fixed order, so that the same command gives the same bits. On a CPU this concerns compiled
-    code, where two threads add up the gradient of the classes in any order. On a GPU it concerns attention,
-    index_add and cuBLAS; it costs some percent there, so it is done only if `exact`. UserError when cuBLAS
-    is configured otherwise."""
+    code, where two threads add up the gradient of the class embedding in any order. On a GPU it concerns
+    attention, index_add and cuBLAS; there it costs a few per cent, so it is done only if `exact`. UserError
+    when cuBLAS is configured otherwise."""
     on = exact if device.type == "cuda" else compiled and device.type == "cpu"
     if on and device.type == "cuda" and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
         raise UserError("exact needs CUBLAS_WORKSPACE_CONFIG=:4096:8, which is the default here: unset it")
@@ -178,7 +177,7 @@ def fix_order(device, compiled, exact):
 def wrap(net, device, compiled, fsdp=False):
     """The network as the loop calls it: in DDP if there are several processes, and compiled. On a GPU it is
     compiled block by block, in place, so that equal blocks are compiled once and XL starts in seconds. On a
-    CPU it is compiled whole, which takes twice as long to start and makes steps 9 % faster."""
+    CPU it is compiled whole, which doubles the start-up time and makes steps 9 % faster."""
     model, on_cpu = net, device.type == "cpu"
     if compiled and not on_cpu:
         for block in net.blocks:
@@ -201,61 +200,6 @@ def gradient_sync(net, model, on):
     return contextlib.nullcontext() if on or not hasattr(model, "no_sync") else model.no_sync()
 
 
-def finite_mean(loss):
-    """The mean of a loss (B,), with gradient NaN if any of it is not finite. The gradient of an infinite loss
-    would be 0 and go unnoticed."""
-    return loss.mean() * torch.where(loss.detach().isfinite().all(), 1.0, torch.nan)
-
-
-def clip_gradient(net, largest):
-    """Clip to `largest` (0: do not clip); returns the norm over all processes, a scalar on the device."""
-    norm = nn.utils.clip_grad_norm_(net.parameters(), largest or float("inf"))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def optimizer_step(optimizer, finite):
-    """One step, or none where the gradient is not finite. finite: a bool tensor on the device. Fused
-    optimisers, as all of ours are, read found_inf themselves; for others the host waits for the value."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = (~finite).float()
-        optimizer.step()
-    elif finite:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-class Skipped:
-    """Counts the steps that optimizer_step left out. It counts on the device, so the host does not wait."""
-
-    def __init__(self, device):
-        # since the last report; consecutive; the largest t of a loss that was not finite, or -1
-        self.counts, self.in_a_row = torch.tensor([0.0, 0.0, -1.0], device=device), 0
-
-    def note(self, loss, t):
-        """Remember the times t (B,) at which the loss (B,) is not finite."""
-        self.counts[2] = torch.where(loss.isfinite(), self.counts[2], t).max()
-
-    def add(self, finite):
-        self.counts[0] += ~finite
-        self.counts[1] = (self.counts[1] + 1) * ~finite
-
-    def report(self, step, group, tell):
-        """The number since the last report; tell(line) about them."""
-        lost, self.in_a_row, bad_t = self.counts.tolist()
-        self.counts[0], self.counts[2] = 0, -1
-        if lost:
-            times = enumerate(gather(bad_t, group))
-            seen = ", ".join(f"t = {t:.3f} on process {rank}" for rank, t in times if t >= 0)
-            what = f"the loss, at times up to {seen}," if seen else "the gradient"
-            tell(f"step {step}: {lost:.0f} steps skipped: {what} is not finite")
-        return int(lost)
-
-    def check(self, step):
-        if self.in_a_row >= MAX_SKIPPED:
-            raise UserError(f"{self.in_a_row:.0f} steps up to step {step} were not finite: check the data "
-                            "or lower --lr, and resume with --allow_change")
-
-
 # ---- signals ------------------------------------------------------------------------------------------
 
 STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
@@ -264,7 +208,7 @@ SAVE = [getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)]
 
 class Signals:
     """SIGTERM, Ctrl-C and a closed terminal ask to stop, SIGUSR1 asks to save: flags on which all processes
-    agree once per step. A second request to stop, five seconds after the first, leaves without saving."""
+    agree once per step. A second request to stop, five seconds after the first, exits without saving."""
 
     def __init__(self, group):
         self.flags, self.group, self.asked = torch.zeros(2, dtype=torch.int32), group, math.inf
@@ -278,15 +222,17 @@ class Signals:
             signal.signal(number, handler)
 
     def hear(self, number, frame):
+        if number in SAVE:
+            self.flags[1] = number
+            return
         if time.monotonic() - self.asked > 5:       # not the same request, sent by both SLURM and torchrun
             os.write(2, b"\nstopped without saving: the same command resumes from the last checkpoint\n")
             os._exit(1)
-        if number in STOP:
-            self.asked = min(self.asked, time.monotonic())
-        self.flags[0 if number in STOP else 1] = number
+        self.asked = min(self.asked, time.monotonic())
+        self.flags[0] = number
 
     def agree(self):
-        """(signal to stop for or 0, whether to save): the same answer in every process."""
+        """[signal to stop for, signal to save for], each 0 if there is none: the same in every process."""
         flags, self.flags[1] = self.flags.clone(), 0
         if self.group is not None:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
@@ -315,7 +261,7 @@ def atomic_write(path, write, name=None):
         if name:
             path = path.with_name(name(temporary))
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):      # or lets a folder be flushed
+        with contextlib.suppress(OSError):      # nor does every one let a folder be flushed
             flush(path.parent)
         return path
     finally:
@@ -327,8 +273,8 @@ TRANSIENT = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOU
 
 @contextlib.contextmanager
 def ignore_disk_errors(what, tell, transient=TRANSIENT):
-    """A full or failing disk does not end a run: tell(line) and go on. UserError for an error number that is
-    not `transient`; None: every error is."""
+    """A full or failing disk does not end a run: tell(line) and go on. An error whose number is not in
+    `transient` becomes a UserError; None: ignore every error."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
@@ -359,7 +305,7 @@ def claim_folder(out):
 def locked(folder):
     """One process at a time works inside; the others then find what it made. A folder that cannot be written,
     or None, is not locked."""
-    with contextlib.suppress(OSError):          # whoever writes there will say so
+    with contextlib.suppress(OSError):          # whoever writes there will report it
         Path(folder or "").mkdir(parents=True, exist_ok=True)
     if folder and os.access(folder, os.W_OK):
         with filelock.FileLock(Path(folder) / ".lock-data"):

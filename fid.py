@@ -43,7 +43,7 @@ class Options(SamplerFlags):
     image_size: int = setting(0, "with --train, side of the images in pixels; 0: 32", least=0)
 
 
-if __name__ == "__main__":      # before torch is loaded, so that -h and typing errors answer at once
+if __name__ == "__main__":      # before torch is loaded, so that -h and typos are answered at once
     OPTIONS = command_line(lambda argv: Options(**read_flags(Options, argv, __doc__)))
 
 import itertools

@@ -1,8 +1,8 @@
 """The whole method on one page: train a many-step model, fine-tune it to few steps, draw from both.
 
-    python minimal.py           # three minutes on two cores of a laptop; images are in minimal.png
+    python minimal.py           # three minutes on two cores of a laptop; writes minimal.png
 
-Start here, then read objective.py, sampler.py and model.py. train.py is this loop with what a long run needs:
+Start here, then read objective.py, sampler.py and model.py. train.py is this loop plus what a long run needs:
 recipes, checkpoints, several processes, compilation, scores.
 """
 import copy
@@ -28,7 +28,7 @@ def train(net, objective, steps, lr, decay, teacher=None):
     optimizer = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in tqdm(range(steps), unit="step"):
         x, y = data[step * BATCH + np.arange(BATCH)]                            # (B, 3, 32, 32), (B,)
-        t, z, drop = objective.draw(x, y)                   # times, noise, which labels to drop
+        t, z, drop = objective.draw(x)                   # times, noise, which labels to drop
         loss = objective(net, x, y, t, z, drop, teacher or ema).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -89,8 +89,8 @@ class LabelEmbed(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    """t (B,) to (B, D): 256 cosines and sines, then an MLP. Always in float32, because the consistency loss
-    compares neighbouring times, which differ in the fourth digit, and bfloat16 has only three."""
+    """t (B,) to (B, D): 256 cosines and sines, then an MLP. Never in autocast's bfloat16, because the
+    consistency loss compares neighbouring times, which differ in the fourth digit; bfloat16 has three."""
 
     def __init__(self, width, period=10000):
         super().__init__()

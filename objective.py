@@ -39,7 +39,7 @@ def expand(t, like):
 # ---- transports ----------------------------------------------------------------------------------------
 
 class Transport(NamedTuple):
-    """A path, a regression target, and how to call the network: functions of a tensor t, elementwise."""
+    """A path, a regression target, and how to call the network: elementwise functions of a tensor t."""
     alpha: Callable         # noise in x_t
     gamma: Callable         # data in x_t
     alpha_hat: Callable     # noise in the target
@@ -93,9 +93,10 @@ edm_gamma_hat = lambda t: 2 * edm_alpha(t)
 
 
 def discrete_path(log_abar):
-    """alpha, gamma of a schedule of N steps as DDPM counts them, from log(alpha_bar) (N,), float64, all < 0.
-    Step k, which the network knows as k - 1, is at t = k / N. Between steps the logarithm is interpolated."""
-    table = cache(F.pad(log_abar, (1, 0)).to)           # one copy per device, because the host waits for it
+    """alpha and gamma of an N-step DDPM schedule, from log(alpha_bar): (N,), float64, all negative. Step k is
+    at t = k / N; the network receives k - 1. Between steps the logarithm is interpolated."""
+    padded = F.pad(log_abar, (1, 0))
+    table = cache(lambda device, dtype: padded.to(device, dtype))       # the host waits for a copy: make one
 
     def log_abar_at(t):
         values, last = table(t.device, t.dtype), len(log_abar)
@@ -125,7 +126,7 @@ TRANSPORTS = {name: Transport(*row) for name, *row in (
 
 
 def resolve(transport):
-    """The Transport of that name; a Transport is returned as it is. ValueError lists the names."""
+    """The Transport of that name; a Transport is returned unchanged. ValueError lists the names."""
     if isinstance(transport, Transport):
         return transport
     if transport not in TRANSPORTS:
@@ -154,10 +155,11 @@ CHOICES = {"style": ("none", "ft-vs-fe", "fc-vs-fe", "fc-vs-xz"), "time_weight":
 class Objective:
     """UCGM-T. Draw the randomness, then call it for the loss of each sample, (B,).
 
-        t, z, drop = objective.draw(x, y, generator)
+        t, z, drop = objective.draw(x, generator)
         loss = objective(net, x, y, t, z, drop, teacher).mean()
 
-    It is a pure function of tensors and knows no optimiser, average or device.
+    It is a pure function of tensors, which knows nothing of optimisers, averages or devices. Each field is
+    also a field of config.Config.
     """
     transport: str | Transport = "linear"
     lam: float = 0.0                            # consistency ratio, 0..1
@@ -167,7 +169,7 @@ class Objective:
     cosine_loss: bool = False                   # add 1 - cosine similarity over the channels
     time_weight: str = "cosine"                 # cosine: weight by cos(pi t/2); none: by 1
     time_beta: tuple = (1.0, 1.0, 1.0)          # t ~ Beta(theta1, theta2) * theta3
-    enhance_range: tuple = (0.0, 0.75)          # times at which the enhancement has its full strength
+    enhance_range: tuple = (0.0, 0.75)          # times at which the enhancement is at full strength
     label_drop: float = 0.1                     # probability of the null class
     derivative: str = "central"                 # at lam = 1: central or backward difference, or jvp (exact)
     dt: float = 0.005                           # step of these differences
@@ -191,7 +193,7 @@ class Objective:
             raise ValueError(f"{self.transport} cannot train with lam > 0, since at one end its output does "
                              f"not determine data and noise; those that can: {able}")
 
-    def draw(self, x, y, generator=None):
+    def draw(self, x, generator=None):
         """t (B,), z like x, drop (B,) bool, on x's device. They are drawn on the generator's device."""
         source = dict(generator=generator, device=generator.device if generator else x.device)
         *thetas, scale = self.time_beta
@@ -214,49 +216,51 @@ class Objective:
         in [0, 1], y (B,) int64; drop (B,) bool: rows whose label becomes the null class. ValueError: no null
         class, or no teacher.
         """
-        transport, null = resolve(self.transport), getattr(net, "num_classes", None)
-        self.check_networks(null, drop, teacher)
-        if null is not None:
-            drop = drop & (null > 0)                    # without classes there is nothing to drop
-            y = torch.where(drop, null, y)
-        t = t.clamp(1e-4, 1 - 1e-4)                     # what follows has only limits at 0 and 1
+        transport, num_classes = resolve(self.transport), getattr(net, "num_classes", None)
+        self.check_networks(num_classes, teacher is not None)
+        if num_classes is not None:
+            drop = drop & (num_classes > 0)             # without classes there is nothing to drop
+            y = torch.where(drop, num_classes, y)       # the null class
+        elif drop.any():
+            raise ValueError("labels are dropped, but the network has no null class: set label_drop 0")
+        t = t.clamp(1e-4, 1 - 1e-4)                     # at 0 and 1 the formulas exist only as limits
         alpha, gamma, alpha_hat, gamma_hat = transport.at(t, x)
         x_t = alpha * z + gamma * x                                                          # (B, C, H, W)
         F_t = transport.call(net, x_t, t, y)                                                 # (B, C, H, W)
 
         with torch.no_grad():
             v = alpha_hat * z + gamma_hat * x
-            target = self.enhance(transport, teacher, v, F_t, x_t, t, y, null, drop)         # v_star
+            target = self.enhance(transport, teacher, v, F_t, x_t, t, y, num_classes, drop)  # v_star
             if self.lam > 0:
                 x_star, z_star = transport.solve(target, x_t, t)
                 x_hat, _ = transport.solve(F_t, x_t, t)
                 D = self.dx_dt(net, transport, x_star, z_star, t, y, x_hat)
-                d = alpha * gamma_hat - gamma * alpha_hat
+                d = transport.determinant(expand(t, x))
                 # Consistency asks for D = 0. x_hat changes with F_t at the rate alpha / d, which gives the
                 # direction of the target. The weight 4 / sin(pi t/2) and the clip, which keeps one image from
-                # dominating the batch, are the paper's choices, without a derivation.
+                # dominating the batch, are the paper's choices; it gives no derivation.
                 target = F_t - alpha / d * 4 / expand(sin(t), d) * D.clamp(-1, 1)
 
         square = (F_t - target).square().flatten(1).mean(1)                                  # (B,)
         # The root of 0 has an infinite slope. The clamp makes its gradient 0.
         loss = (square + self.huber**2).clamp_min(torch.finfo(x.dtype).tiny).sqrt() - self.huber
-        if self.cosine_loss:        # eps: torch's 1e-8 would kick an output that starts at 0
+        if self.cosine_loss:        # eps: torch's 1e-8 gives an output that starts at 0 a huge gradient
             loss = loss + (1 - F.cosine_similarity(F_t, target, dim=1, eps=1e-3)).flatten(1).mean(1)
         return self.weight(t) * loss
 
-    def check_networks(self, null, drop, teacher):
-        if self.zeta > 0 and teacher is None:
-            raise ValueError(f"zeta {self.zeta} with style {self.style} needs a teacher: give --init_from")
-        if self.zeta > 0 and self.style != "fc-vs-xz" and not null:
+    def check_networks(self, num_classes, has_teacher):
+        if self.zeta > 0 and not has_teacher:
+            raise ValueError(f"zeta {self.zeta} with style {self.style} needs a teacher (train.py: give "
+                             "--init_from)")
+        if self.zeta > 0 and self.style != "fc-vs-xz" and not num_classes:
             raise ValueError(f"style {self.style} needs the null class, and the network has none: use class "
                              "labels, or zeta 0")
-        if null is None and drop.any():
-            raise ValueError("labels are dropped, but the network has no null class: set label_drop 0")
 
     def enhance(self, transport, teacher, v, F_t, x_t, t, y, null, drop):
         """v_star: the target v moved along the guidance, at the same x_t. All (B, C, H, W).
 
-        Names: ft is the online F_t, fc a teacher given the class, fe one given none ("empty"), xz (x, z).
+        Names: ft is the online F_t, fc the teacher given the class, fe the teacher given none ("empty"), xz
+        the data and the noise themselves.
 
         | style    | guided F                | reference F         | for                               |
         |----------|-------------------------|---------------------|-----------------------------------|
@@ -282,8 +286,8 @@ class Objective:
     def dx_dt(self, net, transport, x_star, z_star, t, y, x_hat):
         """D, (B, C, H, W): the rate at which the predicted data change along the path of x_star and z_star.
 
-        x_hat: the prediction at t. D = (x_hat(t) - x_hat(lam t)) / (t - lam t); at lam = 1 the derivative,
-        for which t + dt and t - dt may leave [0, 1], where the formulas of the path still hold.
+        x_hat: the prediction at t. D = (x_hat(t) - x_hat(lam t)) / (t - lam t); at lam = 1 its limit, the
+        derivative. The central difference may leave [0, 1], where the formulas of the path still hold.
         """
         def data_at(r):
             alpha, gamma, _, _ = transport.at(r, x_star)

@@ -1,12 +1,18 @@
-"""How the weights move: AdamW, Muon and RAdam, the learning rate, and the averages (EMA).
+"""How the weights move: AdamW, Muon and RAdam, the learning rate, steps that are not finite, averages (EMA).
 
-AdamW's fused kernel passes over the weights once, and the others build on it. None of them makes the host
-wait for the device, which also skips a step whose gradient is not finite (engine.optimizer_step).
+AdamW's fused kernel passes over the weights once, and the others build on it. Except for RAdam's first steps
+none makes the host wait for the device, where a step whose gradient is not finite is skipped, too.
 """
 import math
 from collections import defaultdict
 
 import torch
+import torch.nn as nn
+
+from config import UserError
+from engine import gather
+
+MAX_SKIPPED = 100   # consecutive steps without a finite gradient; at the next report the run then ends
 
 
 def make_optimizer(config, net, dtype):
@@ -92,15 +98,20 @@ def learning_rate(config, step):
     """Linear warm-up, a plateau, then half a cosine down to 0 over the last fraction of the run."""
     up = min(1, (step + 1) / max(1, config.warmup))
     left = min(1, (config.steps - step) / max(1, config.warmdown * config.steps))
-    return config.lr * up * (0.5 - 0.5 * math.cos(math.pi * left) if config.warmdown else 1)
+    down = 0.5 - 0.5 * math.cos(math.pi * left) if config.warmdown else 1
+    return config.lr * up * down
 
 
 def can_capture(optimizer):
     """Whether a CUDA graph can hold its step. The rate must be in a tensor, or a replay would not see it
     change; and the host may read no value, which RAdam does at first and optimisers not fused always do."""
     tensors = all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return tensors and fused and not getattr(optimizer, "early", False)
+    return tensors and is_fused(optimizer) and not getattr(optimizer, "early", False)
+
+
+def is_fused(optimizer):
+    """Whether it reads found_inf on the device."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def set_lr(optimizer, lr):
@@ -117,3 +128,61 @@ def update_ema(ema, net, decay, step):
     """Exponential moving average of the weights. The decay rate grows at first, to forget early weights."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+# ---- steps that are not finite ------------------------------------------------------------------------
+
+def finite_mean(loss):
+    """The mean of a loss (B,), with gradient NaN if any of it is not finite. The gradient of an infinite loss
+    would be 0 and go unnoticed."""
+    return loss.mean() * torch.where(loss.detach().isfinite().all(), 1.0, torch.nan)
+
+
+def clip_gradient(net, largest):
+    """Clip to `largest` (0: do not clip); returns the norm over all processes, a scalar on the device."""
+    norm = nn.utils.clip_grad_norm_(net.parameters(), largest or float("inf"))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def optimizer_step(optimizer, finite):
+    """One step, or none where the gradient is not finite. finite: a bool tensor on the device. Fused
+    optimisers, as all of ours are, read found_inf themselves; for others the host waits for the value."""
+    if is_fused(optimizer):
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+class Skipped:
+    """Counts the steps that optimizer_step left out. It counts on the device, so the host does not wait."""
+
+    def __init__(self, device):
+        # skipped since the last report; skipped in a row; largest t of a loss that was not finite, or -1
+        self.counts = torch.tensor([0.0, 0.0, -1.0], device=device)
+        self.in_a_row = 0               # as of the last report
+
+    def note(self, loss, t):
+        """Remember the times t (B,) at which the loss (B,) is not finite."""
+        self.counts[2] = torch.where(loss.isfinite(), self.counts[2], t).max()
+
+    def add(self, finite):
+        self.counts[0] += ~finite
+        self.counts[1] = (self.counts[1] + 1) * ~finite
+
+    def report(self, step, group, tell):
+        """The number since the last report; tell(line) about them."""
+        lost, self.in_a_row, bad_t = self.counts.tolist()
+        self.counts[0], self.counts[2] = 0, -1
+        if lost:
+            times = enumerate(gather(bad_t, group))
+            seen = ", ".join(f"t = {t:.3f} on process {rank}" for rank, t in times if t >= 0)
+            what = f"the loss, at times up to {seen}," if seen else "the gradient"
+            tell(f"step {step}: {lost:.0f} steps skipped: {what} is not finite")
+        return int(lost)
+
+    def check(self, step):
+        if self.in_a_row >= MAX_SKIPPED:
+            raise UserError(f"{self.in_a_row:.0f} steps up to step {step} were not finite: check the data "
+                            "or lower --lr, and resume with --allow_change")

@@ -1,4 +1,4 @@
-"""The recipes: one table of settings, each of which differs from its default in config.py.
+"""The recipes: one table of the settings that differ from the defaults in config.py.
 
     python train.py --recipe NAME [--FLAG VALUE ...]        # flags win over the recipe
 
@@ -21,7 +21,10 @@ MUON = dict(optimizer="muon")
 
 def recipe(about, *parts, **more):
     """One row; later parts win. about: what it trains, for -h."""
-    return {name: value for part in (*parts, more) for name, value in part.items()} | {"about": about}
+    row = {"about": about}
+    for part in (*parts, more):
+        row |= part
+    return row
 
 
 RECIPES = {

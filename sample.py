@@ -31,7 +31,7 @@ class Options(SamplerFlags):
     dtype: str = setting("auto", "bfloat16 or float32", choices=("auto", "bfloat16", "float32"))
 
 
-if __name__ == "__main__":      # before torch is loaded, so that -h and typing errors answer at once
+if __name__ == "__main__":      # before torch is loaded, so that -h and typos are answered at once
     OPTIONS = command_line(lambda argv: Options(**read_flags(Options, argv, __doc__)))
 
 import hashlib
@@ -88,8 +88,8 @@ class Pipeline(NamedTuple):
 
 
 def open_pipeline(path, device, dtype="auto", recipe="", vae="", graph=False):
-    """The Pipeline of a model that --ckpt may name. graph: on a GPU its network becomes one CUDA graph, for
-    many calls without gradient, unless it was trained with --no-compile. UserError says what is wrong."""
+    """The Pipeline of a model, from anything --ckpt accepts. graph: on a GPU its network becomes one CUDA
+    graph, for many calls without gradient, unless it was trained with --no-compile."""
     net, config, names = load_model(path, device, recipe)
     if graph and device.type == "cuda" and config.compile is not False:
         from extras.cudagraph import Graphed
@@ -175,7 +175,7 @@ def draw_npz(pipeline, seeds, options, classes):
         fingerprint.update(value.cpu().float().numpy().tobytes())
     parts = Path(f"{options.out}.parts-{fingerprint.hexdigest()[:8]}")
     parts.mkdir(parents=True, exist_ok=True)
-    files = {first: parts / f"{first:09d}.npz" for first in rank_batches(len(seeds), size, 0, 1)}
+    files = {first: parts / f"{first:09d}.npz" for first in range(0, len(seeds), size)}
     done = {first for first, file in files.items() if file.is_file()}
     batches = generate(pipeline, seeds, size, rank, world, classes, skip=done, **options.given())
     mine = len(set(rank_batches(len(seeds), size, rank, world)) - done)
@@ -184,8 +184,8 @@ def draw_npz(pipeline, seeds, options, classes):
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
-        batches = [dict(np.load(file)) for file in files.values()]
-        x, y = (np.concatenate([batch[name] for batch in batches]) for name in "xy")
+        read = [dict(np.load(file)) for file in files.values()]
+        x, y = (np.concatenate([part[name] for part in read]) for name in "xy")
         save_arrays(options.out, arr_0=x, labels=y, seeds=np.array(seeds))
         shutil.rmtree(parts)
 
@@ -213,7 +213,7 @@ def read_seeds(text):
 
 
 def main(options):
-    _, world, suffix = *rank_and_world(), Path(options.out).suffix.lower()
+    world, suffix = rank_and_world()[1], Path(options.out).suffix.lower()
     if suffix not in LARGEST:
         raise UserError(f"out {options.out!r} must end in one of {', '.join(LARGEST)}")
     if options.trajectory and suffix in (".gif", ".npz"):

@@ -11,7 +11,7 @@ closed terminal finish the step, save and exit; SIGUSR1 saves and goes on. A lar
 """
 from config import UserError, command_line, differences, read_config, user_errors
 
-if __name__ == "__main__":      # before torch is loaded, so that -h and typing errors answer at once
+if __name__ == "__main__":      # before torch is loaded, so that -h and typos are answered at once
     CONFIG = command_line(read_config, __doc__)
 
 import copy
@@ -28,16 +28,14 @@ from tqdm import tqdm
 from checkpoint import (build, load_model, newest_state, read_state, restore_state, save_state, set_aside,
                         state_tensors)
 from data import open_dataset, select_labels
-from engine import (Signals, Skipped, atomic_write, autocast, can_compile, clip_gradient, finite_mean,
-                    fix_order, from_rank0, gradient_sync, ignore_disk_errors, init_distributed,
-                    leave_distributed, optimizer_step, pick_device, pick_dtype, print0, rank_and_world, run,
-                    wrap)
+from engine import (Signals, atomic_write, autocast, can_compile, fix_order, from_rank0, gradient_sync,
+                    ignore_disk_errors, init_distributed, leave_distributed, pick_device, pick_dtype, print0,
+                    rank_and_world, run, wrap)
 from log import (Log, LossByTime, describe, draw_curves, flops_per_image, last_words, preview,
                  utilisation)
-from objective import resolve
-from optim import can_capture, learning_rate, make_optimizer, set_lr, update_ema
+from optim import (Skipped, can_capture, clip_gradient, finite_mean, learning_rate, make_optimizer,
+                   optimizer_step, set_lr, update_ema)
 from sample import Pipeline
-from sampler import check_sampler, time_grid
 from shapes import derive_seed
 
 CHUNK = 16              # images whose randomness is drawn together, however the batch is divided
@@ -84,12 +82,13 @@ def open_batches(data, config, accumulate, start_step, device):
         worker_init_fn=lambda k: os.setpgid(0, 0)))     # signals to the group are for the main process
 
 
-def draw(objective, x, y, seed, step, chunks, generator):
-    """t, z, drop for a micro-batch: for each chunk a function of (seed, step, chunk), whoever works on it."""
+def draw(objective, x, seed, step, chunks, generator):
+    """t, z, drop for a micro-batch. Those of a chunk are a function of (seed, step, chunk), whichever process
+    works on it."""
     drawn = []
-    for chunk, x_chunk, y_chunk in zip(chunks, x.split(CHUNK), y.split(CHUNK)):
+    for chunk, x_chunk in zip(chunks, x.split(CHUNK)):
         generator.manual_seed(derive_seed(seed, step, chunk))
-        drawn.append(objective.draw(x_chunk, y_chunk, generator))
+        drawn.append(objective.draw(x_chunk, generator))
     return [torch.cat(parts) for parts in zip(*drawn)]
 
 
@@ -98,12 +97,12 @@ def draw(objective, x, y, seed, step, chunks, generator):
 def find_state(config):
     """The latest valid state of the run, or None. --fresh renames its folder, unless torchrun restarts."""
     if config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return set_aside(config.out)
+        set_aside(config.out)
     return newest_state(config.out)
 
 
 def open_data(config):
-    """The stream that the config names. What only the data know is filled into the config."""
+    """The stream that the config names. Settings that only the data can tell are filled into the config."""
     name, _, path = config.data.partition(":")
     if name == "latents":
         from extras.latents import open_latents
@@ -140,14 +139,12 @@ def load_start(config, net, names):
 
 def check_setup(config, data, net, previous, start_step, previous_names):
     """UserError for every reason not to start. previous, start_step, previous_names: of the resumed run."""
-    s, teacher = config.sampler(), config.init_from or config.style == "ft-vs-fe" or None
     with user_errors():
-        config.objective().check_networks(net.num_classes, np.zeros(0), teacher)
-        times = time_grid(s["steps"], s["schedule"], s["gap"])
-        check_sampler(resolve(config.transport), times, s["kappa"], s["rho"], 1, s["cfg_scale"],
-                      len(data.names))
+        config.objective().check_networks(net.num_classes, config.init_from or config.style == "ft-vs-fe")
+    Pipeline(net, config, data.names, None, None).nfe()         # the settings with which it will be sampled
     if hasattr(data, "__len__") and len(data) < config.batch_size:
-        raise UserError(f"{config.data} has {len(data)} images to train on: lower --batch_size to that")
+        raise UserError(f"{config.data} has {len(data)} images to train on: lower --batch_size to at most "
+                        "that many")
     if config.fsdp and "RANK" not in os.environ:
         raise UserError("fsdp needs processes: torchrun --nproc_per_node=N train.py --fsdp ...")
     changed = differences(previous, config) if previous else []
@@ -169,7 +166,7 @@ def shard(nets):
             fully_shard(module, reshard_after_forward=True)
 
 
-# ---- now and then -------------------------------------------------------------------------------------
+# ---- every save_every steps ---------------------------------------------------------------------------
 
 @torch.no_grad()
 def held_out_loss(objective, net, teacher, x, y):
@@ -205,11 +202,12 @@ def evaluate(pipeline, objective, teacher, held_out, step, out, log):
 def save(nets, optimizer, config, names, step, out, log):
     """Process 0 writes the state and the models, with FSDP from all shards. False: the disk failed."""
     tensors = state_tensors(nets, optimizer) if log.writes or config.fsdp else None
+    saved = False
     with ignore_disk_errors(f"the checkpoint of step {step}", log.tell):
         if log.writes:
             save_state(out, tensors, nets["net"], config, names, step)
-        return True
-    return False
+        saved = True
+    return saved
 
 
 # ---- the run ------------------------------------------------------------------------------------------
@@ -223,7 +221,7 @@ def main(config):                                                               
     objective, accumulate = config.objective(), split_batch(config, world)
     control = init_distributed(device)
 
-    # Where does the run stand? Process 0 looks, all agree.
+    # Where does the run stand? Process 0 looks, the others follow.
     state = from_rank0(lambda: find_state(config), control)
     data = open_data(config)
     held_out = [value.to(device) for value in data.hold_out(HELD_OUT)]
@@ -241,11 +239,10 @@ def main(config):                                                               
     flops = flops_per_image(net) if on_gpu else 0
     net = net.to(device)
     frozen_copy = lambda: copy.deepcopy(net).requires_grad_(False).eval()
-    emas = {decay: frozen_copy() for decay in config.ema}
-    teacher = frozen_copy() if config.zeta > 0 else None
-    nets = {"net": net, **{f"ema{decay:g}": ema for decay, ema in emas.items()}}
-    if teacher:
-        nets["teacher"] = teacher
+    emas, teacher = {decay: frozen_copy() for decay in config.ema}, None
+    nets = {"net": net} | {f"ema{decay:g}": ema for decay, ema in emas.items()}
+    if config.zeta > 0:
+        teacher = nets["teacher"] = frozen_copy()
     if config.fsdp:
         shard(nets.values())
     optimizer = make_optimizer(config, net, dtype)
@@ -257,20 +254,23 @@ def main(config):                                                               
     fix_order(device, compiled, config.exact)
     model = wrap(net, device, compiled, config.fsdp)
     teacher_model = wrap(teacher, device, compiled, config.fsdp) if teacher else None
-    losses, skipped, saved = LossByTime(objective, device), Skipped(device), True
+    losses, skipped = LossByTime(objective, device), Skipped(device)
 
-    def train_step(x, y, t, z, drop, last=True):
-        """Forward and backward on a micro-batch; after the last one of a step, clip and move the weights."""
+    def backward(x, y, t, z, drop):
+        """Add the gradient of a micro-batch."""
         with autocast(device, dtype):
             loss = objective(model, x, y, t, z, drop, teacher_model)                    # (B,)
         (finite_mean(loss) / accumulate).backward()
         losses.add(loss.detach(), t)
         skipped.note(loss.detach(), t)
-        if last:
-            norm = clip_gradient(net, config.grad_clip)         # over all processes, so that all skip or none
-            skipped.add(norm.isfinite())
-            optimizer_step(optimizer, norm.isfinite())
-            return norm
+
+    def train_step(x, y, t, z, drop):
+        """The last micro-batch of a step: its gradient, then clip, and move the weights."""
+        backward(x, y, t, z, drop)
+        norm = clip_gradient(net, config.grad_clip)             # over all processes, so that all skip or none
+        skipped.add(norm.isfinite())
+        optimizer_step(optimizer, norm.isfinite())
+        return norm
 
     if compiled and on_gpu and not config.fsdp and world * accumulate == 1:
         from extras.cudagraph import Graphed                    # the same step, launched at once
@@ -289,29 +289,29 @@ def main(config):                                                               
         from extras.latents import decoder
         decode = decoder(config, device)
     pipeline = Pipeline(emas[config.ema[0]], config, data.names, device, dtype, decode)
-    clock, clock_step = time.perf_counter(), start_step
+    clock, clock_step, saved = time.perf_counter(), start_step, True
 
     with Signals(control) as signals, bar:
         for step in range(start_step, config.steps + 1):        # one more, to evaluate and save the last
             stop, save_now = signals.agree()
-            due = step % config.save_every == 0 or step == config.steps
-            if due and not stop and (step > start_step or start_step == 0):     # else it was evaluated before
+            due, moved = step % config.save_every == 0 or step == config.steps, step > start_step
+            if due and not stop and (moved or step == 0):
                 evaluate(pipeline, objective, teacher, held_out, step, out, log)
-            if stop or ((due or save_now) and step > start_step):
+            if stop or ((due or save_now) and moved):
                 saved = save(nets, optimizer, config, data.names, step, out, log)
             if stop or step == config.steps:
                 break
             if due or save_now:
-                clock, clock_step = time.perf_counter(), step   # this time is not part of the speed
+                clock, clock_step = time.perf_counter(), step   # the speed is that of training alone
 
             set_lr(optimizer, learning_rate(config, step))
             for turn in range(accumulate):
                 x, y = (value.to(device, non_blocking=True) for value in next(batches))
-                t, z, drop = draw(objective, x, y, config.seed, step, chunks_of(config, accumulate, turn),
+                t, z, drop = draw(objective, x, config.seed, step, chunks_of(config, accumulate, turn),
                                   generator)
                 last = turn == accumulate - 1
                 with gradient_sync(net, model, on=last):
-                    norm = train_step(x, y, t, z, drop) if last else train_step(x, y, t, z, drop, last)
+                    norm = train_step(x, y, t, z, drop) if last else backward(x, y, t, z, drop)
             for decay, ema in emas.items():
                 update_ema(ema, net, decay, step)
             if teacher and config.style == "ft-vs-fe":

@@ -29,13 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import build
 from config import Config, read_flags, setting
 from shapes import Shapes
-from engine import (Skipped, autocast, clip_gradient, finite_mean, fix_order, optimizer_step, pick_device,
-                    pick_dtype, run, wrap)
+from engine import autocast, fix_order, pick_device, pick_dtype, run, wrap
 from extras.cudagraph import Graphed
 from log import LossByTime, flops_per_image, forwards, peak_memory
 from model import DiT
 from sampler import count_nfe, sample, time_grid
-from optim import can_capture, make_optimizer, update_ema
+from optim import (Skipped, can_capture, clip_gradient, finite_mean, make_optimizer, optimizer_step,
+                   update_ema)
 
 
 @dataclass
@@ -169,7 +169,7 @@ def train_step(config, net, batch, device, dtype, compiled):
         learn = Graphed(learn, lambda: can_capture(optimizer))
 
     def step():
-        learn(x, y, *objective.draw(x, y, generator))
+        learn(x, y, *objective.draw(x, generator))
         update_ema(ema, net, 0.999, 100)
         if config.style == "ft-vs-fe":
             update_ema(teacher, net, 0.999, 100)

@@ -69,7 +69,7 @@ def fit(objective, net, steps, teacher=None):
     for _ in tqdm(range(steps), unit="step"):
         x = mixture(512, generator)
         y = torch.zeros(len(x), dtype=torch.int64)
-        objective(net, x, y, *objective.draw(x, y, generator), teacher).mean().backward()
+        objective(net, x, y, *objective.draw(x, generator), teacher).mean().backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """A function of tensors as one CUDA graph: a single launch in place of hundreds.
 
 A small network spends most of a step waiting for the host to launch kernels. On an H200 the default recipe
-makes 25 steps per second launched one by one, and 249 as a graph (RESULTS.md).
+makes 25 steps per second launched one by one, and 249 as a graph (experiments/LOG.md).
 """
 import torch
 
@@ -35,7 +35,7 @@ class Graphed:
                 self.output = self.call(*self.inputs)
         except RuntimeError as error:
             error.add_note("this cannot be captured as a CUDA graph: use train.py --no-compile (its models "
-                           "are sampled without one, too), or sample.open_model(graph=False)")
+                           "are sampled without one, too), or sample.open_pipeline(graph=False)")
             raise
         torch.clear_autocast_cache()
         self.graph = graph

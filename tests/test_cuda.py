@@ -7,7 +7,7 @@ from test_launches import SETTINGS, networks, training_step
 from torch.testing import assert_close
 from toys import ROOT, on_gpu
 
-import engine
+import extras.cudagraph as cudagraph
 import objective
 from engine import fix_order
 from extras.cudagraph import Graphed
@@ -81,9 +81,9 @@ def test_a_cuda_graph_trains_the_same_model(capsys, monkeypatch, name):
     if "start" in flags:
         train("--steps", 3, "--out", "start", capsys=capsys)
     made = []
-    monkeypatch.setattr(engine, "Graphed", lambda *a: made.append(Graphed(*a)) or made[0])
+    monkeypatch.setattr(cudagraph, "Graphed", lambda *a: made.append(Graphed(*a)) or made[0])
     train(*flags, "--out", "graph", capsys=capsys)
-    monkeypatch.setattr(engine, "Graphed", lambda call, ready: call)
+    monkeypatch.setattr(cudagraph, "Graphed", lambda call, ready: call)
     train(*flags, "--out", "plain", capsys=capsys)
     assert made[0].graph is not None and distance("plain", "graph") <= 1e-6
 

@@ -21,14 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 import engine
 from config import Config
-from engine import optimizer_step
 from experiments.bench import make_step
 from extras.cudagraph import Graphed
 from log import LossByTime
 from objective import TRANSPORTS, Objective
 from sampler import sample
 from train import draw
-from optim import can_capture, learning_rate, make_optimizer, set_lr, update_ema
+from optim import Skipped, can_capture, learning_rate, make_optimizer, optimizer_step, set_lr, update_ema
 
 CPU = torch.device("cpu")
 LOOKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
@@ -98,7 +97,7 @@ def networks(count):
 def batches(objective, count):
     for step in range(count):
         x, y = torch.randn(16, 3, 8, 8), (torch.arange(16) + step) % 3
-        yield x, y, *objective.draw(x, y, torch.Generator().manual_seed(step))
+        yield x, y, *objective.draw(x, torch.Generator().manual_seed(step))
 
 
 FEW = dict(lam=1.0, zeta=1.0, style="fc-vs-fe")
@@ -118,7 +117,7 @@ def test_a_replayed_step_is_the_step(tape, settings, name):
     for graph in (False, True):
         ours = copy.deepcopy(net)
         optimizer, norms = make_optimizer(config, ours, torch.float32), []
-        losses, skipped = LossByTime(objective, "cpu"), engine.Skipped("cpu")
+        losses, skipped = LossByTime(objective, "cpu"), Skipped("cpu")
         optimizer.param_groups[0]["lr"] = torch.tensor(config.lr)           # as it is on a GPU
         train_step = make_step(config, objective, ours, ours, teacher, optimizer, losses, skipped, CPU,
                                torch.bfloat16)
@@ -226,7 +225,7 @@ def training_step(settings, optimizer, device):
     objective, nets = Objective(**settings), [net.to(device) for net in networks(3)]
     (net, teacher, ema), config = nets, Config(optimizer=optimizer)
     optimizer = make_optimizer(config, net, torch.float32)
-    losses, skipped = LossByTime(objective, device), engine.Skipped(device)
+    losses, skipped = LossByTime(objective, device), Skipped(device)
     train_step = make_step(config, objective, net, net, teacher, optimizer, losses, skipped, device,
                            torch.float32)
     x, y = torch.randn(32, 3, 8, 8, device=device), torch.arange(32, device=device) % 3
@@ -234,7 +233,7 @@ def training_step(settings, optimizer, device):
 
     def step():
         set_lr(optimizer, config.lr)
-        train_step(x, y, *draw(objective, x, y, 0, 0, range(2), generator))
+        train_step(x, y, *draw(objective, x, 0, 0, range(2), generator))
         update_ema(ema, net, 0.99, 1)
     for _ in range(6):
         step()

@@ -21,6 +21,7 @@ import checkpoint
 import data
 import engine
 import model
+import optim
 from checkpoint import load_model
 from config import Config
 from objective import Objective
@@ -161,8 +162,8 @@ def test_a_batch_does_not_depend_on_how_it_is_dealt_out(monkeypatch, world, micr
             for turn in range(accumulate):
                 positions = next(batches)
                 x = torch.zeros(len(positions), 1, 2, 2)
-                blocks = chunks_of(config, accumulate, turn)
-                drawn = draw(objective, x, x[:, 0, 0, 0], 5, step, blocks, generator)
+                chunks = chunks_of(config, accumulate, turn)
+                drawn = draw(objective, x, 5, step, chunks, generator)
                 parts.append((torch.from_numpy(positions), *drawn))
         assert next(batches, None) is None
     positions, t, z, drop = (torch.cat(rows) for rows in zip(*parts))
@@ -172,7 +173,7 @@ def test_a_batch_does_not_depend_on_how_it_is_dealt_out(monkeypatch, world, micr
         step, number, rows = 1 + block // 8, block % 8, order[block * CHUNK:(block + 1) * CHUNK]
         generator.manual_seed(data.derive_seed(5, step, number))
         x = torch.zeros(CHUNK, 1, 2, 2)
-        expected = objective.draw(x, x[:, 0, 0, 0], generator)
+        expected = objective.draw(x, generator)
         for ours, theirs in zip((t, z, drop), expected):
             assert torch.equal(ours[rows], theirs)
 
@@ -263,7 +264,7 @@ def test_somebody_elses_optimiser_skips_it_too(make):
     optimizer, seen = make([weight], lr=0.1), []
     for value in (1.0, float("nan"), 1.0):
         weight.grad = torch.full((3,), value)
-        engine.optimizer_step(optimizer, weight.grad.norm().isfinite())
+        optim.optimizer_step(optimizer, weight.grad.norm().isfinite())
         seen.append(weight.detach().clone())
     assert seen[0][0] < 1 and torch.equal(seen[0], seen[1]) and (seen[2] < seen[1]).all()
 
@@ -271,7 +272,7 @@ def test_somebody_elses_optimiser_skips_it_too(make):
 def test_nan_from_then_on_stops_the_run_with_a_usable_checkpoint(capsys, monkeypatch):
     """One line that names a time t; the last checkpoint is finite, and goes on once the data are good."""
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "MAX_SKIPPED", 5)
+        patch.setattr(optim, "MAX_SKIPPED", 5)
         plant(patch, lambda step: step >= 7)
         status, out, err = run("train.py", *NANO, "--save_every", 5, "--steps", 100, capsys=capsys)
     assert status == 2 and "t = 0." in out + err
