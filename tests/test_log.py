@@ -1,13 +1,15 @@
 """What a run tells, and what it costs: the log, the curves, the count of operations, the speed table."""
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
-from toys import Net, batch, calls_of
+from toys import ROOT, Net, batch, calls_of
 
 from config import Config
 from experiments import bench
@@ -127,3 +129,19 @@ def test_the_speed_table(capsys):
     assert all(0 < float(row[8].strip().rstrip("%")) < 130 for row in rows)
     with pytest.raises(ValueError, match="nothing"):
         bench.main(bench.Options(model="nothing", device="cpu"))
+
+
+def test_a_system_without_unix_signals_and_resource():
+    """Windows has neither: everything is imported, and the memory is not known. macOS counts bytes."""
+    code = """if True:
+        import signal, sys, types
+        sys.modules["resource"] = None
+        del signal.SIGUSR1
+        import torch, train, sample, fid, log, extras.latents
+        assert log.peak_memory(torch.device("cpu")) == 0 and train.Signals(None)
+        usage = types.SimpleNamespace(ru_maxrss=3 * 2**30)
+        sys.modules["resource"] = types.SimpleNamespace(getrusage=lambda who: usage, RUSAGE_SELF=0)
+        sys.platform = "darwin"
+        assert log.peak_memory(torch.device("cpu")) == 3"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
