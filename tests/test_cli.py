@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TIT_NANO, log_of
+from runs import NANO, TIT_NANO, log_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from toys import ROOT, SMALL, run, script_command
@@ -310,12 +310,12 @@ def test_cublas_is_set_before_torch_is_loaded():
 
 def test_the_number_of_threads(home, capsys, monkeypatch):
     """It is said, and where another program works, what would help: two threads would wait for each other."""
-    before = torch.get_num_threads()
+    before, one_step = torch.get_num_threads(), ["--batch_size", 16, "--steps", 1, "--fresh"]
     try:
         monkeypatch.setattr(os, "cpu_count", lambda: 4)
         for load, threads, warned in ((1.7, 3, True), (1.7, 2, False), (0.3, 4, False), (9.0, 1, False)):
             monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
-            _, out, _ = run("train.py", *SMALL, "--fresh", "--threads", threads, capsys=capsys)
+            _, out, _ = run("train.py", *NANO, *one_step, "--threads", threads, capsys=capsys)
             assert torch.get_num_threads() == threads and f"cpu, threads {threads}" in out
             assert ("--threads 2" in out) == warned
     finally:
