@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -5,7 +6,24 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+FAST = "not slow and not cuda"             # as in pyproject.toml
 torch.set_num_threads(1)        # the networks here are small: more threads only wait for one another
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A process per core for the whole suite. Files named on the command line run in this process, and so do
+    the slow tests and those on a GPU, which measure times or start processes of their own."""
+    if config.args_source == config.ArgsSource.TESTPATHS and config.option.markexpr == FAST:
+        return min(8, os.cpu_count())
+    config.option.dist = "no"
+    return 0
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was skipped, and what would run it."""
+    reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
+    if lacking := sum("could not import" in reason for reason in reasons):
+        terminalreporter.write_line(f"{lacking} tests skipped: pip install -r requirements-dev.txt runs them")
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from model import FAMILIES, DiT
 # The network of tests/old_run: a step takes a few milliseconds. Register it as model.MODELS["TiT-nano/4"].
 TIT_NANO = partial(DiT, patch_size=4, depth=1, hidden_size=16, num_heads=2, **FAMILIES["TiT"])
 FLAGS = [*TINY, "--sample_steps", "2"]
+NANO = [*FLAGS, "--model", "TiT-nano/4"]
 TEACH = "--zeta 0.5 --style ft-vs-fe".split()
 FEW = "--lam 1 --zeta 1 --style fc-vs-xz --optimizer radam --init_from start".split()
 TUNE = ("--lam 1 --derivative jvp --zeta 1.5 --style fc-vs-fe --huber 5 --ema 0.99,0.9 "
@@ -29,6 +30,13 @@ def train(*flags, capsys):
     status, out, err = run("train.py", *FLAGS, *flags, capsys=capsys)
     assert status == 0, err
     return out
+
+
+def refused(*flags, capsys):
+    """What train.py says on stderr when it ends with status 2."""
+    status, out, err = run("train.py", *FLAGS, *flags, capsys=capsys)
+    assert status == 2 and err.strip() and "Traceback" not in err, out + err
+    return err
 
 
 def free_port():

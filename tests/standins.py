@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 # ---- autoencoders of diffusers ------------------------------------------------------------------------
 
@@ -177,6 +178,22 @@ def make_images(root, count, seed=0):
         if k in (8, 40):
             path.write_bytes(path.read_bytes()[:150] if k == 8 else b"not an image")
     return root
+
+
+def write_shards(folder, shards, each, shape, classes=None):
+    """A folder as UCGM and LightningDiT publish it, with a manifest for `classes`. Returns the latents."""
+    folder.mkdir()
+    values = [torch.randn(each, *shape, generator=torch.Generator().manual_seed(k)) for k in range(shards)]
+    for k, rows in enumerate(values):
+        labels = torch.arange(each) % (classes or each)
+        tensors = {"latents": rows, "latents_flip": rows.flip(-1).contiguous(), "labels": labels}
+        save_file(tensors, folder / f"latents_rank{k % 8:02d}_shard{k // 8:03d}.safetensors")
+    stats = {"mean": torch.ones(1, shape[0], 1, 1), "std": torch.full((1, shape[0], 1, 1), 2.0)}
+    torch.save(stats, folder / "latents_stats.pt")
+    if classes:
+        names = [str(k) for k in range(classes)]
+        (folder / "manifest.json").write_text(json.dumps({"vae": "sd-ema", "classes": names}))
+    return torch.cat(values)
 
 
 # ---- the hub ------------------------------------------------------------------------------------------

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TIT_NANO, log_of
+from runs import NANO, TIT_NANO, log_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from toys import ROOT, SMALL, run, script_command
 
-import model
 import extras.published as published
+import model
+import sample
 from checkpoint import load_model
 from config import Config, read_config
-from recipes import RECIPES
 from data import noise_like_seed
+from recipes import RECIPES
+from sample import open_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -71,25 +73,7 @@ def test_the_whole_job_many_step_then_few_step_then_two_step_images(trained, cap
     assert status == 0 and "NFE 5 " in out
 
 
-def test_a_film_has_the_noise_and_every_call(capsys):
-    """Two models side by side: the shorter film waits at its end."""
-    shipped = ROOT / "assets/shapes-few.safetensors"
-    status, _, err = run("sample.py", "--ckpt", shipped, "--steps", 3, "--num", 10, "--out", "film.gif",
-                         "--beside", shipped, capsys=capsys)
-    assert status == 0, err
-    film = Image.open("film.gif")
-    assert film.n_frames == 4 and film.size == (2 * (5 * 68 - 4) + 24, 18 + 2 * 68 - 4)
-    frames = []
-    for k in range(4):
-        film.seek(k)
-        frames.append(np.asarray(film.convert("RGB")))
-        assert np.array_equal(frames[k][:, :336], frames[k][:, 360:])
-    status, _, _ = run("sample.py", "--ckpt", shipped, "--steps", 3, "--num", 10, capsys=capsys)
-    page = np.asarray(Image.open("samples.png").convert("RGB"))[18:82, :64]     # the first image
-    distance = [np.abs(frame[18:82, :64].astype(int) - page).mean() for frame in frames]
-    assert distance[3] < 8 < distance[0], distance          # a GIF has 256 colours
-
-
+OLD_RUN = Path(__file__).resolve().parent / "old_run"
 PLAIN = "--model TiT-nano/4 --no-x_pred --zeta 0 --style none --sample_steps 2".split()
 
 
@@ -160,8 +144,6 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("train.py", "--stepz 3", "--steps"),
     ("train.py", "--recipe shape-few", "shapes-few"),
     ("train.py", "--steps many", "--steps"),
-    ("train.py", "--steps 0", "steps"),
-    ("train.py", "--seed -1", "seed"),
     ("train.py", "--cosine_loss maybe", "maybe"),
     ("train.py", "--init_from nowhere", "nowhere"),
     ("train.py", "--init_from foreign.safetensors", "x_embedder.proj.weight"),
@@ -206,17 +188,31 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("sample.py", "--out s.npz --trajectory", "trajectory"),
     ("sample.py", "--beside nowhere", "film.gif"),
     ("sample.py", "--batch_size 0", "batch_size"),
+    ("sample.py", "--seeds 18446744073709551616", "18446744073709551616"),
+    ("sample.py", "--out missing.jpg --num 300000", "missing.jpg"),
+    ("sample.py", "--out file/x.png", "file"),
+    ("sample.py", "--out x.webp --num 2400", "samples.npz"),
+    ("sample.py", "--recipe shapes-few", "no model at runs/shapes-few"),
+    ("sample.py", "--ckpt cut.safetensors", "cut.safetensors"),
     ("sample.py", "--cfg_interval 0.5", "cfg_interval"),
     ("sample.py", "--extrapolation 1", "--extrapolation"),
     ("sample.py", "--order 3", "order"),
+    ("fid.py", "--batch_size 0", "batch_size"),
+    ("fid.py", "--image_size -1 --train", "image_size"),
     ("extras/latents.py", "encode --data shapes", "folder:PATH"),
+    ("extras/latents.py", "encode --shard 0", "shard"),
+    ("extras/latents.py", "encode --size 0", "size"),
     ("extras/latents.py", "decode", "encode"),
     ("fid.py", "--ckpt nowhere", "nowhere")]
 
 
 @pytest.mark.parametrize("script, words, named", MISTAKES)
-def test_a_mistake_ends_with_one_line_and_status_2(home, capsys, script, words, named):
-    """The line names what was wrong or what to type, and nothing is left behind."""
+def test_a_mistake_ends_with_one_line_and_status_2(home, capsys, monkeypatch, script, words, named):
+    """The line names what was wrong or what to type. It comes before anything is drawn, and nothing is left
+    behind."""
+    monkeypatch.setattr("sampler.sample", None)
+    whole = (OLD_RUN / "many/model.safetensors").read_bytes()
+    (home / "cut.safetensors").write_bytes(whole[:-100])
     save_file({"a": torch.zeros(3)}, home / "foreign.safetensors")
     (home / "text.safetensors").write_text("not a model")
     torch.save([torch.zeros(3)], home / "list.pt")
@@ -224,17 +220,11 @@ def test_a_mistake_ends_with_one_line_and_status_2(home, capsys, script, words, 
     Image.new("RGB", (9, 9)).save(home / "images/a/1.png")
     (home / "empty").mkdir()
     (home / "scores.npz").touch()
+    (home / "file").touch()                     # below it not even root can make a folder
     before = sorted(home.rglob("*"))
     status, _, err = run(script, *words.split(), capsys=capsys)
     assert status == 2 and err.startswith("error: ") and err.strip().count("\n") == 0
     assert named in err and sorted(home.rglob("*")) == before
-
-
-def test_a_damaged_model_is_named(trained, capsys):
-    file = trained[0] / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    status, _, err = run("sample.py", "--ckpt", trained[0], capsys=capsys)
-    assert status == 2 and str(file) in err and not Path("samples.png").exists()
 
 
 # ---- the command line ---------------------------------------------------------------------------------
@@ -320,13 +310,40 @@ def test_cublas_is_set_before_torch_is_loaded():
 
 def test_the_number_of_threads(home, capsys, monkeypatch):
     """It is said, and where another program works, what would help: two threads would wait for each other."""
-    before = torch.get_num_threads()
+    before, one_step = torch.get_num_threads(), ["--batch_size", 16, "--steps", 1, "--fresh"]
     try:
         monkeypatch.setattr(os, "cpu_count", lambda: 4)
         for load, threads, warned in ((1.7, 3, True), (1.7, 2, False), (0.3, 4, False), (9.0, 1, False)):
             monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
-            _, out, _ = run("train.py", *SMALL, "--fresh", "--threads", threads, capsys=capsys)
+            _, out, _ = run("train.py", *NANO, *one_step, "--threads", threads, capsys=capsys)
             assert torch.get_num_threads() == threads and f"cpu, threads {threads}" in out
             assert ("--threads 2" in out) == warned
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("flags", [
+    "--seed 18446744073709551616", "--seed -1", "--image_size -32", "--grad_clip -1", "--ema .9,.9",
+    "--ema 1.5",
+    "--cfg_interval .8,.1", "--lr nan", "--gap nan,.1", "--warmdown -1", "--micro_batch -4", "--steps 0",
+    "--time_beta 1,1", "--huber inf", "--time_beta nan,1,1"])
+def test_values_that_mean_nothing_are_refused(flags):
+    with pytest.raises(ValueError) as error:
+        read_config(flags.split(), "")
+    assert flags.split()[0][2:] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_home_is_expanded_wherever_a_path_stands(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/u")
+    config = read_config("--out=~/r --data folder:~/p --vae sd-ema=~/v".split(), "")
+    assert (config.out, config.data, config.vae) == ("/home/u/r", "folder:/home/u/p", "sd-ema=/home/u/v")
+    assert read_config(["--labels", "a~b"], "").labels == "a~b"
+
+
+def test_processes_agree_on_the_precision(monkeypatch):
+    """The try of process 0 decides; another process does not even make one."""
+    asked = []
+    monkeypatch.setattr(sample, "pick_dtype", lambda *given: asked.append(given) or torch.bfloat16)
+    monkeypatch.setattr(sample, "from_rank0", lambda make, group: torch.float32)
+    model = open_pipeline(ROOT / "assets/shapes-few.safetensors", torch.device("cpu"))
+    assert model.dtype == torch.float32 and not asked

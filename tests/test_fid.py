@@ -295,3 +295,55 @@ def test_bad_input_is_one_clear_error(tmp_path, stand_in, monkeypatch, more, wor
     with pytest.raises(ValueError, match=words) as error:
         evaluate(Options(**{**dict(images="folder:good", ref="folder:good", device="cpu"), **more}))
     assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_none_are_named(tmp_path):
+    (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(ValueError, match="broken.pth.*pt_inception"):
+        features.inception_weights(str(tmp_path / "broken.pth"))
+
+
+def test_precision_needs_more_images_than_neighbours():
+    with pytest.raises(ValueError, match="more than 3 images"):
+        precision_recall(torch.rand(3, 2), torch.rand(30, 2))
+
+
+class Features:
+    hash = "mine"
+
+
+@pytest.mark.parametrize("provenance, named", [
+    ({"weights": "other", "resize": "torch-fidelity"}, "weights other, not mine"),
+    ({"weights": "mine", "resize": "pytorch-fid"}, "resize pytorch-fid, not torch-fidelity")])
+def test_a_reference_of_other_features_is_refused(tmp_path, provenance, named, capsys):
+    file = str(tmp_path / "ref.npz")
+    np.savez(file, mu=np.zeros(3), sigma=np.eye(3), made=json.dumps(provenance))
+    options, features = fid.Options(ref=file), Features()
+    with pytest.raises(ValueError, match=named):
+        fid.inception_reference(options, features, False)
+    np.savez(file, mu=np.zeros(3), sigma=np.eye(3))
+    fid.inception_reference(options, features, False)
+    assert "does not say" in capsys.readouterr().out
+
+
+def test_the_inception_score_of_sorted_folders_is_that_of_a_shuffled_set(tmp_path, monkeypatch):
+    """12,000 images sorted by class: in the order of the names a chunk of 5,000 knows few of ten classes."""
+    names = [f"{k // 1200}/{k:05d}.png" for k in range(12_000)]
+    monkeypatch.setattr(fid, "find_images", lambda path: (names, {}))
+    monkeypatch.setattr(fid, "read_rgb", lambda name, on_white: np.full((2, 2, 3), int(name[0]), np.uint8))
+    result = Statistics()
+    for first, x in fid.stored_images(f"folder:{tmp_path}", 500):
+        scores = torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), 10) * 1000.0
+        result.add(first, {"pool": scores[:, :2], "scores": scores})
+    assert result.inception_score == pytest.approx(10, rel=0.01)
+    in_order = statistics(torch.eye(10).repeat_interleave(1200, 0) * 1000.0, 500)
+    assert in_order.inception_score < 6
+
+
+def test_a_colon_in_a_path_is_kept(tmp_path):
+    folder = tmp_path / "run_12:30"
+    folder.mkdir()
+    np.savez(folder / "s.npz", arr_0=images_of(8, 0, 4))
+    assert next(fid.stored_images(str(folder / "s.npz"), 9))[1].shape == (4, 3, 8, 8)
+    write_folder(folder / "a:b", images_of(8, 0, 4))
+    assert next(fid.stored_images(f"folder:{folder / 'a:b'}", 9))[1].shape == (4, 3, 8, 8)

@@ -1,18 +1,23 @@
 """What a run tells, and what it costs: the log, the curves, the count of operations, the speed table."""
 import json
 import math
+import runpy
+import signal
+import sys
+import types
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
-from toys import Net, batch, calls_of
+from toys import ROOT, Net, batch, calls_of
 
 from config import Config
 from experiments import bench
 from log import Log, LossByTime, draw_curves, flops_per_image, forwards
-from model import MODELS
+from model import FAMILIES, MODELS, DiT
 from objective import Objective
 
 # ---- the log ------------------------------------------------------------------------------------------
@@ -117,13 +122,30 @@ def test_xl_costs_237_gflop_an_image():
         assert flops_per_image(net) == pytest.approx(237e9, rel=0.03)
 
 
-def test_the_speed_table(capsys):
+def test_the_speed_table(monkeypatch, capsys):
     """A row for each way to train, tune and sample; none is faster than the matrix products are (by a third:
     other programs run too)."""
-    bench.main(bench.Options(model="TiT-XXS/8", size=8, compiles="no", dtypes="float32", batches="16",
+    monkeypatch.setitem(MODELS, "one/8", partial(DiT, patch_size=8, depth=1, hidden_size=128, num_heads=2,
+                                                 **FAMILIES["TiT"]))
+    bench.main(bench.Options(model="one/8", size=8, compiles="no", dtypes="float32", batches="16",
                              seconds=0.01, device="cpu"))
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| float32 |" in line]
     assert len(rows) == len(bench.TRAIN) + len(bench.TUNE) + len(bench.SAMPLE)
     assert all(0 < float(row[8].strip().rstrip("%")) < 130 for row in rows)
     with pytest.raises(ValueError, match="nothing"):
         bench.main(bench.Options(model="nothing", device="cpu"))
+
+
+def test_a_system_without_unix_signals_and_resource(monkeypatch):
+    """Windows has neither: the modules load all the same, and the memory is unknown. macOS counts bytes."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    for name in ("SIGUSR1", "SIGHUP"):
+        monkeypatch.delattr(signal, name, raising=False)
+    engine, log = (runpy.run_path(str(ROOT / f"{name}.py")) for name in ("engine", "log"))
+    assert engine["SAVE"] == [] and len(engine["STOP"]) == 2 and engine["Signals"](None)
+    assert log["peak_memory"](torch.device("cpu")) == 0
+    usage = types.SimpleNamespace(ru_maxrss=3 * 2**30)
+    resource = types.SimpleNamespace(getrusage=lambda who: usage, RUSAGE_SELF=0)
+    monkeypatch.setitem(sys.modules, "resource", resource)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert log["peak_memory"](torch.device("cpu")) == 3

@@ -3,6 +3,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from checkpoint import build
+from config import Config
 from model import FAMILIES, MODELS, attend, position_table, rotary_table, rotate
 
 
@@ -101,3 +103,17 @@ def test_time_is_embedded_in_float32_under_autocast():
         low = net.t_embedder(t)
     assert low.dtype == torch.float32
     assert_close(low, net.t_embedder(t), rtol=0, atol=0)
+
+
+def test_a_network_of_ones_own_must_have_what_is_asked(monkeypatch):
+    """All that it lacks is named at once."""
+    monkeypatch.setitem(MODELS, "bare", lambda **shape: torch.nn.Identity())
+    with pytest.raises(ValueError, match="num_classes, in_channels, input_size, patch_size, blocks"):
+        build(Config(model="bare"), (3, 8, 8), 4)
+    net = torch.nn.Identity()
+    net.num_classes, net.in_channels, net.input_size, net.patch_size, net.blocks = 4, 3, 8, 1, []
+    monkeypatch.setitem(MODELS, "bare", lambda **shape: net)
+    assert build(Config(model="bare"), (3, 8, 8), 4) is net
+    del net.grad_checkpoint
+    with pytest.raises(ValueError, match="has no grad_checkpoint"):
+        build(Config(model="bare", grad_checkpoint=True), (3, 8, 8), 4)

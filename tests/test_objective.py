@@ -337,7 +337,10 @@ guided = dict(zeta=1.0, style="fc-vs-fe")
     (dict(transport="x-prediction", lam=0.5), {}, "those that can"),
     (dict(transport="epsilon-prediction", lam=1.0, zeta=1.0, style="fc-vs-xz"), {}, "those that can"),
     (guided, dict(net=Net()), "teacher"), (guided, dict(net=bare, teacher=bare, drop=False), "null class"),
-    (dict(), dict(net=bare), "null class")])
+    (dict(), dict(net=bare), "null class"),
+    (dict(), dict(net=lambda x, t, y: x[:, :1], drop=False),
+     r"returns \(12, 1, 4, 4\) for x \(12, 3, 4, 4\)"),
+    *((dict([(name, math.nan)]), {}, name) for name in ("zeta", "huber", "dt", "lam"))])
 def test_bad_settings_are_one_line(settings, call, words):
     """When the objective is made, or when it is called with networks that cannot do it."""
     x, z, t, y, drop = batch()

@@ -200,3 +200,9 @@ def test_bad_settings(bad, words):
     with pytest.raises(ValueError, match=words) as error:
         sample(lambda x, t, y: x, z, y, **bad)
     assert "\n" not in str(error.value)
+
+
+def test_a_gap_is_two_numbers():
+    for wrong in (dict(gap=0.5), dict(schedule=1.0)):
+        with pytest.raises(ValueError, match="must be two numbers"):
+            time_grid(4, **wrong)

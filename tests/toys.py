@@ -31,7 +31,7 @@ TINY = ("--image_size 8 --model TiT-XXS/4 --batch_size 64 --no-compile --dtype f
         "--optimizer adamw --lr 8e-3 --zeta 0.5 --kappa auto --log_every 5 --warmup 5 --warmdown 0 "
         "--save_every 10").split()
 SMALL = ("--image_size 8 --model TiT-XXS/8 --batch_size 16 --steps 3 --save_every 2 --log_every 1 "
-         "--no-compile").split()
+         "--sample_steps 2 --no-compile").split()
 
 
 class Net(torch.nn.Module):

@@ -58,7 +58,7 @@ def vaes(tmp_path_factory):
 
 
 def encode(root, vae, out, processes=1):
-    return start("extras/latents.py", "encode", "--data", f"folder:{root}", "--vae", vae, "--size", 32,
+    return start("-m", "extras.latents", "encode", "--data", f"folder:{root}", "--vae", vae, "--size", 32,
                  "--out", out, "--shard", 20, "--batch_size", 5, "--workers", 0, "--device", "cpu",
                  processes=processes)
 

@@ -1,191 +1,23 @@
-"""What is read and written: published checkpoints, old runs, folders of latents, autoencoders, the hub."""
+"""Latents: encoded folders and their streams, the autoencoders of diffusers, and what fetch downloads."""
 import argparse
-import json
 import os
 import subprocess
 import sys
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TIT_NANO
 from safetensors.torch import load_file, save_file
-from standins import COMMIT, Hub, hub, make_images, small_dc, small_kl, to_ldm
+from standins import COMMIT, Hub, hub, make_images, small_dc, small_kl, to_ldm, write_shards
 from torch.testing import assert_close
-from toys import GOLDEN, ROOT, run
+from toys import ROOT
 
 import extras.latents as latents
-import model
-import extras.published as published
-from checkpoint import load_model
-from config import Config
-from recipes import RECIPES
 from extras.latents import Autoencoder, centre_crop, from_ldm, normalisation, open_latents
-from train import load_start
-
-OLD_RUN = Path(__file__).resolve().parent / "old_run"
 
 
-# ---- published checkpoints ----------------------------------------------------------------------------
-
-@pytest.fixture(autouse=True)
-def golden_size(monkeypatch):
-    """The golden networks' size, so that the number of heads is known: it cannot be told from weights."""
-    monkeypatch.setitem(model.SIZES, "golden", dict(depth=2, hidden_size=48, num_heads=4))
-
-
-def wrapped(kind, tensors):
-    """A golden state dict in the dictionary of its publisher."""
-    other = {name: torch.zeros_like(value) for name, value in tensors.items()}
-    projector = {"projectors.0.0.weight": torch.zeros(3, 48), "projectors.0.0.bias": torch.zeros(3)}
-    args = argparse.Namespace(model="SiT-XL/2", legacy=False, lr=1e-4, exp_name="x")
-
-    def add(prefix, names):
-        return {prefix + name: value for name, value in names.items()}
-    if kind == "ucgm":
-        return {"model": other, "ema": add("module._orig_mod.", tensors), "opt": {"state": {}},
-                "unigen": {"x": other}, "config": {"lr": 1e-4}}
-    if kind == "repa":
-        return {"model": other, "ema": {**tensors, **projector}, "opt": {}, "args": args, "steps": 400000}
-    if kind == "repa-e":
-        return {"model": add("module.", other), "ema": add("module.", {**tensors, **projector}), "opt": {},
-                "args": args, "steps": 1}
-    if kind == "sit":
-        return {"model": other, "ema": tensors, "opt": {}, "args": args}
-    if kind == "lightningdit":
-        return {"model": other, "ema": add("module.", tensors), "opt": {}, "config": {}}
-    return tensors
-
-
-def assert_golden(net, golden):
-    numbers = np.load(GOLDEN / "models.npz")
-    with torch.no_grad():
-        out = net(*(torch.from_numpy(numbers[name]) for name in ("x", "t", "y")))
-    assert_close(out, torch.from_numpy(numbers[f"{golden}_out"]), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("golden, kind, transport", [
-    ("tit", "ucgm", "linear"), ("tit", "raw", "linear"),
-    ("sit", "repa", "linear"), ("sit", "repa-e", "linear"), ("sit", "raw", "linear"),
-    ("sit_learn_sigma", "sit", "relinear"),
-    ("lightningdit", "lightningdit", "relinear"), ("lightningdit", "raw", "relinear")])
-@pytest.mark.parametrize("new_zip", [True, False])
-def test_published_dictionaries_give_the_golden_outputs(tmp_path, golden, kind, transport, new_zip):
-    tensors = wrapped(kind, load_file(GOLDEN / f"{golden}.safetensors"))
-    torch.save(tensors, tmp_path / "0400000.pt", _use_new_zipfile_serialization=new_zip)
-    net, config, names = load_model(tmp_path / "0400000.pt")
-    assert config.transport == transport and len(names) == 10
-    assert_golden(net, golden)
-
-
-def test_ddt_gives_the_golden_output(tmp_path, monkeypatch):
-    """2 of 3 blocks encode; its file holds neither positions nor size, so the recipe's size is taken."""
-    monkeypatch.setitem(model.SIZES, "golden3", dict(depth=3, hidden_size=48, num_heads=4))
-    monkeypatch.setitem(published.ENCODER, "golden3", 2)
-    monkeypatch.setitem(RECIPES, "ddt", {**RECIPES["ddt"], "model": "DDT-golden3/2", "image_size": 64})
-    weights = load_file(GOLDEN / "ddt.safetensors")
-    lightning = {f"denoiser.{name}": torch.zeros_like(value) for name, value in weights.items()}
-    lightning |= {f"ema_denoiser.{name}": value for name, value in weights.items()}
-    torch.save({"state_dict": lightning}, tmp_path / "ddt.ckpt")
-    net, config, _ = load_model(tmp_path / "ddt.ckpt", recipe="ddt")
-    assert config.transport == "relinear"
-    assert_golden(net, "ddt")
-
-
-def test_what_cannot_be_told_is_asked(tmp_path, monkeypatch):
-    """DiT's raw files and SiT's are alike: a recipe says which. An error names the recipe or the tensors."""
-    tensors = load_file(GOLDEN / "sit_learn_sigma.safetensors")
-    path = tmp_path / "x.pt"
-    torch.save(tensors, path)
-    with pytest.raises(ValueError, match="--recipe dit or --recipe sit"):
-        load_model(path)
-    for recipe, transport in (("dit", "ddpm"), ("sit", "relinear")):
-        family = RECIPES[recipe]["model"].split("-")[0]
-        monkeypatch.setitem(RECIPES[recipe], "model", f"{family}-golden/2")
-        assert load_model(path, recipe=recipe)[1].transport == transport
-    with pytest.raises(ValueError, match="in256-sd.*TiT-XL/2"):
-        load_model(GOLDEN / "sit.safetensors", recipe="in256-sd")
-    torch.save({**tensors, "extra.weight": torch.zeros(1), "blocks.1.mlp.fc1.bias": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="extra.weight.*fc1.bias"):
-        load_model(path, recipe="sit")
-    torch.save({"weights": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="x_embedder.proj.weight"):
-        load_model(path)
-
-
-@pytest.mark.parametrize("recipe, kind", [("tune-dit", "raw"), ("tune-sit", "raw"), ("tune-sit", "sit")])
-def test_a_dit_and_a_raw_sit_are_tuned(tmp_path, monkeypatch, capsys, recipe, kind):
-    """From a file as its publisher has it, with DDPM's variances: the start gives the golden output, 20 steps
-    change it, and the run is sampled at 2 steps. A SiT goes on without the variances."""
-    pytest.importorskip("diffusers")
-    family = {"tune-dit": "DiT", "tune-sit": "SiT"}[recipe]
-    net = partial(model.DiT, patch_size=2, **model.SIZES["golden"], **model.FAMILIES[family])
-    monkeypatch.setitem(model.MODELS, f"{family}-golden/2", net)
-    monkeypatch.setitem(RECIPES[recipe], "model", f"{family}-golden/2")
-    file, out, folder = tmp_path / "published.pt", tmp_path / "out", tmp_path / "latents"
-    weights = load_file(GOLDEN / "sit_learn_sigma.safetensors")
-    torch.save(wrapped(kind, weights), file)
-    write_shards(folder, 1, 40, (4, 8, 8), classes=10)
-    small_kl().save_pretrained(tmp_path / "kl")
-    flags = ["--steps", 20, "--batch_size", 16, "--data", f"latents:{folder}", "--device", "cpu",
-             "--vae", f"sd-ema={tmp_path / 'kl'}", "--no-compile", "--log_every", 1, "--out", out]
-    status, said, err = run("train.py", "--recipe", recipe, "--init_from", file, *flags, capsys=capsys)
-    assert status == 0 and "not finite" not in said, err
-    state = load_file(next(out.glob("state_*20.*")))
-    start, tuned = net(8, num_classes=10).eval(), net(8, num_classes=10).eval()
-    start.load_state_dict({name[8:]: value for name, value in state.items() if name.startswith("teacher.")})
-    assert_golden(start, "sit_learn_sigma")
-    tuned.load_state_dict({name[4:]: value for name, value in state.items() if name.startswith("net.")})
-    with pytest.raises(AssertionError):
-        assert_golden(tuned, "sit_learn_sigma")
-    if family == "DiT":                                 # row k of a patch: 4 of epsilon, 4 of sigma
-        rows = [w["final_layer.linear.weight"].unflatten(0, (4, 8)) for w in (tuned.state_dict(), weights)]
-        changed = (rows[0] != rows[1]).any(2).any(0).tolist()
-        assert changed == 4 * [True] + 4 * [False]
-    page = tmp_path / "page.png"
-    status, said, err = run("sample.py", "--ckpt", out, "--steps", 2, "--num", 4, "--device", "cpu",
-                            "--out", page, capsys=capsys)
-    assert status == 0 and page.is_file() and "NFE 2" in said, err
-
-
-def test_a_start_of_one_class_less_is_said_to_lack_the_null_row(tmp_path):
-    net = model.DiT(8, 2, 4, **model.SIZES["golden"], num_classes=11)
-    torch.save(load_file(GOLDEN / "sit.safetensors"), tmp_path / "x.pt")
-    config = Config(model="SiT-golden/2", init_from=str(tmp_path / "x.pt"))
-    with pytest.raises(ValueError, match="10 classes.*11 classes.*no null row"):
-        load_start(config, net, [str(k) for k in range(11)])
-
-
-def test_published_pickles_are_read_without_running_them(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-    path = tmp_path / "x.pt"
-    torch.save({"ema": load_file(GOLDEN / "sit.safetensors"), "args": Evil()}, path)
-    with pytest.raises(ValueError, match="x.pt"):
-        load_model(path)
-    assert not (tmp_path / "executed").exists()
-    path.write_bytes(b"PK\x03\x04" + b"\0" * 50)
-    with pytest.raises(ValueError, match="x.pt"):
-        load_model(path)
-
-
-def test_the_settings_of_a_former_run_have_their_new_names(monkeypatch):
-    monkeypatch.setitem(model.MODELS, "TiT-nano/4", TIT_NANO)
-    _, few, names = load_model(OLD_RUN / "few")
-    assert (few.lam, few.zeta, few.style, few.derivative, few.dt) == (1.0, 1.0, "fc-vs-xz", "backward", 0.05)
-    assert (few.x_pred, few.kappa, few.rho, few.gap, few.sample_steps) == (True, 0.0, 1.0, (0.001, 0.5), 2)
-    assert (few.time_weight, few.time_beta, few.cosine_loss) == ("none", (0.8, 1.0, 1.0), False)
-    assert (few.warmdown, few.grad_clip, few.compile, len(names)) == (0.7, 1.0, None, 8)
-    net, many, _ = load_model(OLD_RUN / "many")
-    assert (many.derivative, many.warmdown, many.kappa, many.rho) == ("central", 0.0, "auto", 0.0)
-    assert net.x_pred and len(net.blocks) == 1
-
-
-# ---- latents ------------------------------------------------------------------------------------------
+# ---- folders ------------------------------------------------------------------------------------------
 
 class Halves:
     """An autoencoder to check by hand: 8 times smaller, by means; its posterior has the deviation 2."""
@@ -284,22 +116,6 @@ def test_a_folder_that_has_changed_is_encoded_again_where_it_has(tmp_path, monke
     (root / "class0").rename(root / "other")
     with pytest.raises(ValueError, match="encoded with classes"):
         encode()
-
-
-def write_shards(folder, shards, each, shape, classes=None):
-    """A folder as UCGM and LightningDiT publish it, with a manifest for `classes`. Returns the latents."""
-    folder.mkdir()
-    values = [torch.randn(each, *shape, generator=torch.Generator().manual_seed(k)) for k in range(shards)]
-    for k, rows in enumerate(values):
-        labels = torch.arange(each) % (classes or each)
-        tensors = {"latents": rows, "latents_flip": rows.flip(-1).contiguous(), "labels": labels}
-        save_file(tensors, folder / f"latents_rank{k % 8:02d}_shard{k // 8:03d}.safetensors")
-    stats = {"mean": torch.ones(1, shape[0], 1, 1), "std": torch.full((1, shape[0], 1, 1), 2.0)}
-    torch.save(stats, folder / "latents_stats.pt")
-    if classes:
-        names = [str(k) for k in range(classes)]
-        (folder / "manifest.json").write_text(json.dumps({"vae": "sd-ema", "classes": names}))
-    return torch.cat(values)
 
 
 def test_published_shards_are_read(tmp_path):
