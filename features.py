@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from tqdm import tqdm
 
 from config import UserError
@@ -45,6 +44,7 @@ class Inception(nn.Module):
 
     def __init__(self, weights=""):
         super().__init__()
+        import torchvision          # slow to load, and only FID needs it
         net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
                                               transform_input=False, init_weights=False)
         tensors, self.hash = inception_weights(weights)

@@ -46,6 +46,7 @@ class Options(SamplerFlags):
 if __name__ == "__main__":      # before torch is loaded, so that -h and typos are answered at once
     OPTIONS = command_line(lambda argv: Options(**read_flags(Options, argv, __doc__)))
 
+import importlib.metadata
 import itertools
 import json
 import math
@@ -58,7 +59,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from tqdm import tqdm
 
 from data import open_dataset, to_uint8
@@ -366,7 +366,7 @@ def evaluate(options):
     result = {name: round(value, 5) for name, value in scores.items()}
     result |= {"N": fake.n, "ref": source, "ref_hash": file_hash(source) if Path(source).is_file() else None,
                "ref_made": provenance, "features": f"{name} {features.hash}", "uint8": "clamp(127.5 x + 128)",
-               "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__}}
+               "versions": {"torch": torch.__version__, "torchvision": importlib.metadata.version("torchvision")}}
     if name == "inception":
         result["resize"] = RESIZE
     if model:

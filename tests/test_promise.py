@@ -15,7 +15,7 @@ COMMANDS = [f"train.py {COMMON} --out many",
 JOB = """
 import importlib, pathlib, runpy, sys
 sys.path.insert(0, "")
-for name in ("train", "sample"):
+for name in ("train", "sample", "fid"):
     importlib.import_module(name)
 assert "torch.distributed.tensor" not in sys.modules
 for path in pathlib.Path().glob("*.py"):
@@ -29,7 +29,8 @@ for command in sys.argv[1:]:
 
 def test_the_core_does_the_whole_job_without_extras(tmp_path):
     """A copy of the repository without extras/: every module is imported, and the commands of the README run,
-    shortened. train.py and sample.py start without torch.distributed.tensor, which is slow to load."""
+    shortened. No script loads torch.distributed.tensor,
+    which is slow, before it is needed."""
     here = tmp_path / "repository"
     left_out = shutil.ignore_patterns("extras", "tests", "experiments", "docs", "runs", ".*", "__pycache__")
     shutil.copytree(ROOT, here, ignore=left_out)
