@@ -366,7 +366,7 @@ def evaluate(options):
     result = {name: round(value, 5) for name, value in scores.items()}
     result |= {"N": fake.n, "ref": source, "ref_hash": file_hash(source) if Path(source).is_file() else None,
                "ref_made": provenance, "features": f"{name} {features.hash}", "uint8": "clamp(127.5 x + 128)",
-               "versions": {"torch": torch.__version__, "torchvision": importlib.metadata.version("torchvision")}}
+               "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}}
     if name == "inception":
         result["resize"] = RESIZE
     if model:

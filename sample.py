@@ -54,6 +54,7 @@ from engine import (as_one_error, atomic_write, autocast, from_rank0, init_distr
 from objective import resolve
 from sampler import check_sampler, count_nfe, sample, time_grid
 
+SHIPPED = Path(__file__).parent / "assets/fashion-few.safetensors"
 # The largest side of each format in pixels; an npz has no limit.
 LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000, ".gif": 4_000, ".npz": float("inf")}
 
@@ -197,7 +198,7 @@ def newest_model(recipe):
     if recipe:
         return f"runs/{recipe}"
     runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    return runs[-1] if runs else Path(__file__).parent / "assets/fashion-few.safetensors"
+    return runs[-1] if runs else SHIPPED
 
 
 def read_seeds(text):
