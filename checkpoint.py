@@ -19,7 +19,7 @@ import model
 from config import SAMPLER, Config, UserError, nearest, recipe_row, user_errors
 from engine import as_one_error, atomic_write, claim_folder
 
-KEEP = 2            # number of states kept, the newest ones
+KEEP = 2            # how many of the newest states are kept
 
 
 # ---- metadata -----------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def load_model(path, device="cpu", recipe="", model_name=""):
         from extras.published import load
         net, found, names = load(file, row.get("model", model_name), row.get("image_size", 256), device)
         if row and row["model"] != found["model"]:
-            raise UserError(f"{file} is {found['model']}, and recipe {recipe} is for {row['model']}")
+            raise UserError(f"{file} is {found['model']}, but recipe {recipe} is for {row['model']}")
         return net, Config(**{**found, **row, "recipe": recipe or "shapes"}), names
     with as_one_error(f"{file} has damaged metadata", "use another copy"):
         config = config_from(metadata)
@@ -169,7 +169,7 @@ def state_tensors(nets, optimizer):
 def save_state(out, tensors, net, config, names, step):
     """Write the averages as models, then the state; delete all but the newest states."""
     out = Path(out)
-    for k, decay in enumerate(config.ema):      # first the models: where the state is complete, so are they
+    for k, decay in enumerate(config.ema):      # models first: once the state is complete, so are they
         prefix = f"ema{decay:g}."
         weights = {name.removeprefix(prefix): value for name, value in tensors.items()
                    if name.startswith(prefix)}
@@ -201,13 +201,13 @@ def newest_state(out):
     for path in find_states(out):
         if checksum(path) == path.name.split(".")[1]:
             return path
-        print(f"{path} is damaged (its bytes do not match its checksum): using the one before, if any")
+        print(f"{path} is damaged (its bytes do not match its checksum): using the previous one, if any")
         path.rename(path.with_suffix(".damaged"))
 
 
 def read_state(path):
     """(Config, step, class names) of a state file."""
-    with (as_one_error(f"{path} is not a state of train.py", "remove it, and the one before is used"),
+    with (as_one_error(f"{path} is not a state of train.py", "remove it, and the previous one is used"),
           safetensors.safe_open(path, "pt") as stored):
         metadata = stored.metadata() or {}
         return config_from(metadata), int(metadata["step"]), json.loads(metadata["names"])
@@ -218,7 +218,7 @@ def restore_state(path, config, nets, optimizer):
     """Put everything back, whole or sharded as the networks now are. config: the state's own."""
     if config.optimizer != (optimizer_name := type(optimizer).__name__.lower()):
         raise UserError(f"the run has the state of {config.optimizer}, not of {optimizer_name}: start "
-                        "another --out with --init_from this one")
+                        "another --out with --init_from this run")
     with safetensors.safe_open(path, "pt") as stored:      # closed, so that deleting it frees the disk
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         weights = {f"{part}.{name}": value for part, net in nets.items()
@@ -251,7 +251,7 @@ def check_fit(tensors, weights, moments):
              if described(was) != described(now)]
     if wrong:
         raise UserError(f"the state belongs to other networks or averages ({len(wrong)} differ: "
-                        f"{'; '.join(wrong[:4])}): start another --out, or use the previous settings")
+                        f"{'; '.join(wrong[:4])}): use another --out, or the previous settings")
 
 
 def set_aside(out):

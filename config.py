@@ -1,7 +1,7 @@
 """Every setting of a run, and the command line.
 
 A field of `Config` is a flag of train.py: `--lr 1e-3`, `--fresh` or `--no-fresh`. A recipe (recipes.py) is a
-row of overrides; flags given on the command line win over it. A run's Config is saved with its weights.
+row of overrides; flags given on the command line override it. A run's Config is saved with its weights.
 
 The scripts read their flags before they load torch, which takes seconds: -h and typos are answered at once.
 """
@@ -39,7 +39,7 @@ def setting(default, text, group=None, least=-math.inf, most=math.inf, choices=(
 
 
 def check_settings(settings):
-    """UserError for a word that is none of the choices, for a number that is not finite or out of its range,
+    """UserError for a word that is not one of the choices, for a number that is not finite or out of range,
     and for too many or too few numbers."""
     for f in fields(settings):
         value, usual = getattr(settings, f.name), getattr(Config, f.name, None)
@@ -50,18 +50,18 @@ def check_settings(settings):
         values = value if isinstance(value, tuple) else (value,)
         numbers = [v for v in values if isinstance(v, (int, float))]
         if not all(least <= v <= most and abs(v) < math.inf for v in numbers):
-            raise UserError(f"{f.name} is {text_of(value)}; it must be finite, from {least} to {most}")
+            raise UserError(f"{f.name} is {text_of(value)}; it must be finite and from {least} to {most}")
         if isinstance(usual, tuple) and len(usual) > 1 and len(values) != len(usual) and value is not None:
             raise UserError(f"{f.name} is {text_of(value)}; it takes {len(usual)} numbers: {text_of(usual)}")
 
 
 @dataclass
 class Config:
-    recipe: str = setting("shapes", "a row of the recipes below", "the run")
+    recipe: str = setting("shapes", "one of the recipes below", "the run")
     out: str = setting("", "the run's folder; empty: runs/RECIPE")
-    init_from: str = setting("", "where first weights and teacher come from: a run, a file, "
+    init_from: str = setting("", "initial weights, and the teacher: a run, a file, "
                              "hf://USER/REPO[/FILE]")
-    seed: int = setting(0, "determines everything random", least=0, most=2**63 - 1)
+    seed: int = setting(0, "determines all randomness", least=0, most=2**63 - 1)
     fresh: bool = setting(False, "start over; the old folder is renamed")
     allow_change: bool = setting(False, "resume although settings that affect the result have changed")
     device: str = setting("auto", "cuda, mps or cpu; auto: the first available")
@@ -76,21 +76,22 @@ class Config:
     data: str = setting("shapes", "shapes, mnist[:DIR], fashion[:DIR], cifar10[:DIR] (downloaded to DIR), "
                         "folder:PATH, npz:PATH or latents:DIR", "data")
     image_size: int = setting(0, "side in pixels, for shapes and folders; 0: 32", least=0)
-    labels: str = setting("all", "all; none: without classes; or one class, by name or number")
+    labels: str = setting("all", "all; none: all images, without classes; or one class, by name or number")
     vae: str = setting("", "autoencoder of the latents: sd-ema sd-mse e2e-vavae vavae dc-ae, or NAME=PATH")
 
-    model: str = setting("TiT-XXS/4", "DiT SiT LightningDiT TiT - XXS XS S B L XL / 1 2 4 8", "network")
-    x_pred: bool = setting(False, "the network estimates the data; needs transport linear")
+    model: str = setting("TiT-XXS/4", "DiT, SiT, LightningDiT or TiT, then -XXS, -XS, -S, -B, -L or -XL, "
+                         "then /1, /2, /4 or /8", "network")
+    x_pred: bool = setting(False, "the network predicts the data; needs transport linear")
 
     transport: str = setting("linear", "a row of objective.TRANSPORTS", "loss (objective.py)")
     lam: float = setting(0.0, "lambda, the consistency ratio: 0 many-step, 1 few-step")
     zeta: float = setting(0.0, "enhancement ratio: how much guidance is trained in")
     style: str = setting("none", "ft-vs-fe (to train from scratch), fc-vs-fe or fc-vs-xz (to fine-tune)")
-    huber: float = setting(0.0, "c of the pseudo-Huber loss; 0: root of the mean square")
+    huber: float = setting(0.0, "c of the pseudo-Huber loss; 0: root mean square")
     cosine_loss: bool = setting(False, "add the cosine loss")
     time_weight: str = setting("cosine", "weight of the loss over time: cosine or none")
     time_beta: tuple = setting((1.0, 1.0, 1.0), "t ~ Beta(theta1, theta2) * theta3")
-    label_drop: float = setting(0.1, "probability of replacing a label by the null class")
+    label_drop: float = setting(0.1, "probability of replacing a label with the null class")
     derivative: str = setting("central", "at lambda 1: central or backward difference, or jvp (exact)")
     dt: float = setting(0.005, "step size of these differences")
 
@@ -112,10 +113,10 @@ class Config:
     schedule: tuple = setting((1.0, 1.0, 1.0), "warp of the time grid")
     gap: tuple = setting((0.001, 0.001), "distance of the first call from t = 1, then time of the last call")
     cfg_scale: float = setting(1.0, "classifier-free guidance; 1: off")
-    cfg_interval: tuple = setting((0.0, 1.0), "times at which guidance is on, in the network's own clock")
+    cfg_interval: tuple = setting((0.0, 1.0), "times at which guidance is on, in the network's own time")
 
     log_every: int = setting(50, "steps between lines of log.jsonl", "reports and checkpoints", least=1)
-    save_every: int = setting(1000, "steps between checkpoints, pages and held-out losses", least=1)
+    save_every: int = setting(1000, "steps between checkpoints, image pages and held-out losses", least=1)
     report_to: str = setting("", "tensorboard or wandb (pip install it first)",
                              choices=("", "tensorboard", "wandb"))
 
@@ -129,7 +130,7 @@ class Config:
     def __post_init__(self):
         check_settings(self)
         if not self.ema or len(set(self.ema)) < len(self.ema):
-            raise UserError(f"ema is {text_of(self.ema)}; give decay rates that differ")
+            raise UserError(f"ema is {text_of(self.ema)}; give one or more distinct decay rates")
         if self.cfg_interval[0] > self.cfg_interval[1]:
             raise UserError(f"cfg_interval is {text_of(self.cfg_interval)}; it must rise, such as .2,.8")
         if self.optimizer == "muon" and self.fsdp:

@@ -5,11 +5,11 @@
 
 | name        | is                                                                              |
 |-------------|---------------------------------------------------------------------------------|
-| shapes      | paper cut-outs of eight shapes, rendered by shapes.py: no image comes twice     |
+| shapes      | paper cut-outs of eight shapes, rendered by shapes.py: no image repeats         |
 | mnist[:DIR] | 28x28 digits; torchvision downloads them on first use, into data or DIR         |
 | fashion     | 28x28 clothes, shoes and bags (Fashion-MNIST, arXiv 1708.07747), the same way   |
-| cifar10     | 32x32 colour photographs, in the same way; mirrored at random                   |
-| folder:PATH | one sub-folder per class, any sizes: resized, centre-cropped, mirrored at random|
+| cifar10     | 32x32 colour photographs, also downloaded; mirrored at random                   |
+| folder:PATH | one sub-folder per class, any size: resized, centre-cropped, mirrored at random |
 | npz:PATH    | arrays x (uint8; N, H, W, C or N, H, W) and y (integers)                        |
 | latents:DIR | latents, opened by extras/latents.py; mirrored at random                        |
 
@@ -58,7 +58,7 @@ class FiniteDataset:
         if label is not None:
             self.rows = self.rows[self.labels[self.rows] == label]
         if not len(self):
-            raise UserError(f"no image of class {self.names[label]}: choose another for --labels")
+            raise UserError(f"no images of class {self.names[label]}: give --labels another class")
         self.labels, self.names = np.zeros_like(self.labels), []
 
     def hold_out(self, count):
@@ -117,7 +117,7 @@ def from_arrays(x, y, names, seed, mirror=False):
 def open_npz(path, seed):
     if not Path(path).is_file():
         raise UserError(f"no file {path}; expected an npz file with arrays x and y")
-    with (as_one_error(f"{path} is not an npz file with arrays x and y", "take another copy"),
+    with (as_one_error(f"{path} is not an npz file with arrays x and y", "use another copy"),
           np.load(path, allow_pickle=False) as file):
         x, y = file["x"], file["y"]
     return from_arrays(x, y, None, seed)

@@ -169,7 +169,7 @@ def fix_order(device, compiled, exact):
     when cuBLAS is configured otherwise."""
     on = exact if device.type == "cuda" else compiled and device.type == "cpu"
     if on and device.type == "cuda" and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
-        raise UserError("exact needs CUBLAS_WORKSPACE_CONFIG=:4096:8, which is the default here: unset it")
+        raise UserError("exact needs CUBLAS_WORKSPACE_CONFIG=:4096:8, the default here: to get it, unset it")
     torch.use_deterministic_algorithms(on)              # not warn_only: attention would ignore it
     torch.utils.deterministic.fill_uninitialized_memory = False         # a debugging aid that costs time
 

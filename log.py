@@ -36,7 +36,7 @@ class Log:
         if not self.writes:
             return
         self.lock, self.path = claim_folder(out), Path(out) / "log.jsonl"
-        kept = [line for line in read_log(out) if line.get("step", 0) <= start_step]    # the rest comes again
+        kept = [line for line in read_log(out) if line.get("step", 0) <= start_step]    # the rest is repeated
         with ignore_disk_errors(self.path, tell, None):
             text = "".join(json.dumps(line) + "\n" for line in kept)
             atomic_write(self.path, lambda file: file.write_text(text))
@@ -130,7 +130,7 @@ def describe(config, net, data, device, world, accumulate, compiled):
                           "faster)")
     words.append(config.dtype)
     if compiled:
-        words.append(f"compiled in the first step: {'15 s' if device.type == 'cuda' else 'a minute'}")
+        words.append(f"the first step compiles: {'15 s' if device.type == 'cuda' else 'a minute'}")
     print0(f"{config.model}, {millions:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; "
            f"{', '.join(words)}")
     plural = lambda count, noun: f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -160,7 +160,8 @@ def next_commands(config):
 def last_words(config, stop, step, start_step, saved):
     """How the run ended, and what to type next. UserError if the disk did not take the last checkpoint."""
     if not saved:
-        raise UserError(f"step {step} is not in {config.out}: free some disk space and run it again")
+        raise UserError(f"step {step} is not in {config.out}: free some disk space and run the same "
+                        "command again")
     if stop:
         name = signal.Signals(stop).name
         print0(f"stopped by {name} at step {step} of {config.steps}; the same command resumes")
@@ -247,5 +248,5 @@ def draw_curves(out):
         places = [(left + (right - left) * step / last, height(value)) for step, value in curves[name]]
         pen.line(places, fill=colour, width=2)
         pen.text((right + 10, top + 18 * k), name, fill=colour)
-    pen.text((left, bottom + 12), f"loss by time against steps, 0 to {last}", fill="black")
+    pen.text((left, bottom + 12), f"loss at each time t, over steps 0 to {last}", fill="black")
     page.save(Path(out) / "loss.png")

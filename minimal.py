@@ -43,9 +43,9 @@ def train(net, objective, steps, lr, decay, teacher=None):
 def main(steps=2000, tune_steps=300, out="minimal.png"):
     torch.manual_seed(0)
     net = DiT(input_size=32, patch_size=8, in_channels=3, hidden_size=128, depth=4, num_heads=4,
-              num_classes=8, x_pred=True, **FAMILIES["TiT"])        # 16 tokens; the layers estimate the data
+              num_classes=8, x_pred=True, **FAMILIES["TiT"])        # 16 tokens; the layers predict the data
 
-    # lambda 0 is flow matching: F_t learns z - x, along the straight path x_t = t z + (1 - t) x. With zeta
+    # lambda 0 is flow matching: F_t learns z - x, along the straight path x_t = t z + (1 - t) x. With zeta,
     # guidance is trained in: the target moves away from what the model says without a label.
     many = train(net, Objective(zeta=0.4, style="ft-vs-fe", time_beta=(2.0, 1.0, 1.0), time_weight="none"),
                  steps, lr=4e-3, decay=0.995)
@@ -58,7 +58,7 @@ def main(steps=2000, tune_steps=300, out="minimal.png"):
                 tune_steps, lr=2e-3, decay=0.99, teacher=many)
 
     z, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 8
-    rows = [sample(few, z, y, steps=1, rho=1.0, gap=(0.001, 0.5)),              # three rows of the same noise
+    rows = [sample(few, z, y, steps=1, rho=1.0, gap=(0.001, 0.5)),              # three rows, one noise
             sample(few, z, y, steps=2, rho=1.0, gap=(0.001, 0.5)),
             sample(many, z, y, steps=40, kappa="auto", gap=(0.001, 0.05))]
     page = rearrange(torch.stack(rows), "row n c h w -> (row h) (n w) c")

@@ -1,4 +1,4 @@
-"""The backbone: one Diffusion Transformer that is DiT, SiT, LightningDiT or TiT by switches.
+"""The backbone: one Diffusion Transformer, which switches turn into DiT, SiT, LightningDiT or TiT.
 
     net = MODELS["TiT-XL/1"](input_size=16, in_channels=32, num_classes=1000)
     F_t = net(x_t, t, y)            # velocity, noise or data: the transport defines what F_t means
@@ -106,7 +106,7 @@ class TimeEmbed(nn.Module):
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(E)) v, (B, A, N, E) each. On a CPU in bfloat16 torch's fused kernel takes 22 ms
-    and the plain line 5 ms (B 64, A 3, N 64, E 64, forward and backward)."""
+    and the plain line below 5 ms (B 64, A 3, N 64, E 64, forward and backward)."""
     if v.is_cpu and v.dtype == torch.bfloat16:
         return (q * q.shape[-1] ** -0.5 @ k.mT).float().softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)

@@ -130,7 +130,7 @@ def resolve(transport):
     if isinstance(transport, Transport):
         return transport
     if transport not in TRANSPORTS:
-        raise ValueError(f"unknown transport {transport!r}; one of: {', '.join(TRANSPORTS)} "
+        raise ValueError(f"unknown transport {transport!r}; use one of: {', '.join(TRANSPORTS)} "
                          "(linear is flow matching, trigflow the cosine path)")
     return TRANSPORTS[transport]
 
@@ -165,7 +165,7 @@ class Objective:
     lam: float = 0.0                            # consistency ratio, 0..1
     zeta: float = 0.0                           # enhancement ratio, >= 0
     style: str = "none"                         # of the enhancement: see `enhance`
-    huber: float = 0.0                          # c of sqrt(mean square + c^2) - c; 0: RMS, and not MSE
+    huber: float = 0.0                          # c of sqrt(mean square + c^2) - c; 0: RMS, not MSE
     cosine_loss: bool = False                   # add 1 - cosine similarity over the channels
     time_weight: str = "cosine"                 # cosine: weight by cos(pi t/2); none: by 1
     time_beta: tuple = (1.0, 1.0, 1.0)          # t ~ Beta(theta1, theta2) * theta3
@@ -177,7 +177,7 @@ class Objective:
     def __post_init__(self):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; one of: {', '.join(allowed)}")
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of: {', '.join(allowed)}")
         in_range = {"lam": 0 <= self.lam <= 1, "label_drop": 0 <= self.label_drop <= 1, "dt": self.dt > 0,
                     "zeta": self.zeta >= 0, "huber": self.huber >= 0,
                     "time_beta": len(self.time_beta) == 3 and all(theta > 0 for theta in self.time_beta)}
@@ -222,7 +222,7 @@ class Objective:
             drop = drop & (num_classes > 0)             # without classes there is nothing to drop
             y = torch.where(drop, num_classes, y)       # the null class
         elif drop.any():
-            raise ValueError("labels are dropped, but the network has no null class: set label_drop 0")
+            raise ValueError("labels are dropped, but the network has no null class: set label_drop to 0")
         t = t.clamp(1e-4, 1 - 1e-4)                     # at 0 and 1 the formulas exist only as limits
         alpha, gamma, alpha_hat, gamma_hat = transport.at(t, x)
         x_t = alpha * z + gamma * x                                                          # (B, C, H, W)
@@ -253,7 +253,7 @@ class Objective:
             raise ValueError(f"zeta {self.zeta} with style {self.style} needs a teacher (train.py: give "
                              "--init_from)")
         if self.zeta > 0 and self.style != "fc-vs-xz" and not num_classes:
-            raise ValueError(f"style {self.style} needs the null class, and the network has none: use class "
+            raise ValueError(f"style {self.style} needs the null class, but the network has none: use class "
                              "labels, or zeta 0")
 
     def enhance(self, transport, teacher, v, F_t, x_t, t, y, null, drop):

@@ -40,7 +40,7 @@ def orthogonal(matrices, dtype):
 class Muon(torch.optim.AdamW):
     """AdamW, except that the matrices of attention and MLP move along their momentum, made orthogonal and as
     large as an Adam step (arXiv 2502.16982). Matrices of one shape are stacked, for fewer, larger products.
-    dtype: of these products. torch.optim.Muon always takes bfloat16, 30 times slower on a CPU without it."""
+    dtype: of these products. torch.optim.Muon always uses bfloat16, 30 times slower on a CPU without it."""
 
     def __init__(self, net, dtype, *settings, **more):
         super().__init__([p for p in net.parameters() if p.requires_grad], *settings, **more)
@@ -72,7 +72,7 @@ class Muon(torch.optim.AdamW):
 
 class RAdam(torch.optim.AdamW):
     """RAdam (arXiv 1908.03265) by AdamW's kernel, which passes over the weights once; torch's RAdam passes
-    nine times. The rectification is a factor of the learning rate. The first steps, five at beta2 = .999,
+    nine times. The rectification scales the learning rate. The first steps, five at beta2 = .999,
     must not divide by the second moment: eps is made so large there that the divisor is constant."""
     LARGE = 2.0**20
     early = True
@@ -104,7 +104,7 @@ def learning_rate(config, step):
 
 def can_capture(optimizer):
     """Whether a CUDA graph can hold its step. The rate must be in a tensor, or a replay would not see it
-    change; and the host may read no value, which RAdam does at first and optimisers not fused always do."""
+    change; and the host must not read a value, as RAdam does at first and non-fused optimisers always do."""
     tensors = all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
     return tensors and is_fused(optimizer) and not getattr(optimizer, "early", False)
 

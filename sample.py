@@ -7,8 +7,8 @@
     python sample.py --recipe repae --ckpt hf://USER/REPO/FILE.pt       # a published model
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --out samples.npz      # many, for fid.py
 
-Settings that are not given are the model's own. Image k depends on seed k alone. To resume, run the same
-command again. The two dashes keep torchrun from taking --num for a flag of its own.
+Settings not given are the model's own. Image k depends only on seed k. To resume, run the same
+command again. The two dashes keep torchrun from mistaking --num for a flag of its own.
 """
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Options(SamplerFlags):
     classes: str = setting("", "names or numbers, separated by commas, used in turn; empty: all of them")
     seeds: str = setting("", "such as 0-63 or 3,5,8; empty: 0 to num - 1")
     num: int | None = setting(None, "number of images [8 rows; 12 in a trajectory, 4 rows in a gif]", least=1)
-    beside: str = setting("", "another model, to the right in the animation")
+    beside: str = setting("", "another model, shown to the right in the animation")
     trajectory: bool = setting(False, "one row per image, one column per step: the predicted data")
     batch_size: int = setting(256, "images per batch", least=1)
     device: str = setting("auto", "cuda, mps or cpu")
@@ -100,7 +100,7 @@ def open_pipeline(path, device, dtype="auto", recipe="", vae="", graph=False):
         from extras.latents import Autoencoder
         decode = Autoencoder(vae, config.latent_mean, config.latent_std).to(device).decode
     group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
-    dtype = from_rank0(lambda: pick_dtype(dtype, device), group)        # measured, so it might differ
+    dtype = from_rank0(lambda: pick_dtype(dtype, device), group)        # measured, so processes might differ
     return Pipeline(net, config, names, device, dtype, decode)
 
 
@@ -123,7 +123,7 @@ def generate(pipeline, seeds, batch_size, rank=0, world=1, classes=None, on_step
         with autocast(pipeline.device, pipeline.dtype):
             x = sample(pipeline.net, noise().to(pipeline.device), y, **settings, noise=noise, on_step=on_step)
         if not x.isfinite().all():
-            raise UserError(f"an image of seeds {batch[0]}..{batch[-1]} is not finite: "
+            raise UserError(f"an image among seeds {batch[0]}..{batch[-1]} is not finite: "
                             "the model has diverged, or needs --dtype float32")
         yield first, pipeline.to_images(x), y.cpu()
 
@@ -138,7 +138,7 @@ def check_out(out, height):
         if not os.access(folder, os.W_OK):
             raise PermissionError("no permission")
     if height > LARGEST[Path(out).suffix.lower()]:
-        raise UserError(f"a page of {height} pixels is too high for {out}: use --out samples.npz")
+        raise UserError(f"a page {height} pixels tall is too large for {out}: use --out samples.npz")
 
 
 def draw_page(pipeline, seeds, options, classes, columns, titles):
@@ -216,13 +216,13 @@ def read_seeds(text):
 def main(options):
     world, suffix = rank_and_world()[1], Path(options.out).suffix.lower()
     if suffix not in LARGEST:
-        raise UserError(f"out {options.out!r} must end in one of {', '.join(LARGEST)}")
+        raise UserError(f"--out {options.out!r} must end in one of {', '.join(LARGEST)}")
     if options.trajectory and suffix in (".gif", ".npz"):
-        raise UserError("a trajectory is a page: use --out samples.png")
+        raise UserError("--trajectory draws a page: use --out samples.png")
     if options.beside and suffix != ".gif":
-        raise UserError("beside is for an animation: use --out film.gif")
+        raise UserError("--beside is for animations: use --out film.gif")
     if world > 1 and suffix != ".npz":
-        raise UserError("several processes draw arrays, not a page: use --out samples.npz")
+        raise UserError("several processes can only write arrays: use --out samples.npz")
     init_distributed()
     path = options.ckpt or newest_model(options.recipe)
     open_path = lambda path: open_pipeline(path, pick_device(options.device), options.dtype, options.recipe,

@@ -3,7 +3,7 @@
     data = Shapes(size=32, seed=0)
     x, y = data[positions]              # x (B, 3, S, S) float32 in [-1, 1], y (B,) int64 in 0..7
 
-Image i is a pure function of (seed, i), so the set has no end and no image comes twice.
+Image i is a pure function of (seed, i), so the set has no end and no image repeats.
 """
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def uniforms(seed, positions, count):
 
 
 # ---- the shapes ---------------------------------------------------------------------------------------
-# Each is its signed distance: negative inside, in units of its radius, with y pointing up.
+# Each function is a signed distance: negative inside, in units of the radius, with y pointing up.
 # https://iquilezles.org/articles/distfunctions2d derives such formulas.
 
 def star(x, y):

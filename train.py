@@ -1,13 +1,14 @@
-"""Train a UCGM: many-step (diffusion, flow matching) or few-step (consistency), on one machine or many.
+"""Train a UCGM model: many-step (diffusion, flow matching) or few-step (consistency), on one machine or many.
 
     python train.py                                       # the default: shapes, many-step
     python train.py --recipe shapes-few                   # then: fine-tune it to two steps
     torchrun --nproc_per_node=4 train.py                  # the same training on four GPUs
-    python train.py --recipe mnist --lr 1e-3 --seed 1     # flags win over the recipe
+    python train.py --recipe mnist --lr 1e-3 --seed 1     # flags override the recipe
 
 A run writes images, log.jsonl, model.safetensors and checkpoints into runs/RECIPE (--out). To resume, run the
-same command again: it continues as if nothing had happened, on any number of processes. SIGTERM, Ctrl-C and a
-closed terminal finish the step, save and exit; SIGUSR1 saves and goes on. A larger --steps extends a run.
+same command again: it continues as if nothing had happened, on any number of processes. On SIGTERM, Ctrl-C
+or a closed terminal it finishes the step, saves and exits; on SIGUSR1 it saves and carries on. A larger
+--steps extends a run.
 """
 from config import UserError, command_line, differences, read_config, user_errors
 
@@ -39,7 +40,7 @@ from sample import Pipeline
 from shapes import derive_seed
 
 CHUNK = 16              # images whose randomness is drawn together, however the batch is divided
-HELD_OUT = 256          # images that are never trained on; of a finite set at most a twentieth
+HELD_OUT = 256          # images that are never trained on; at most a twentieth of a finite set
 TEACHER_EMA = 0.999     # EMA decay rate of the teacher in style ft-vs-fe
 
 
@@ -52,10 +53,10 @@ def split_batch(config, world):
     share, rest = divmod(config.batch_size, unit)
     if rest or not share:
         near = " or ".join(str(n * unit) for n in (share, share + 1) if n)
-        raise UserError(f"batch_size {config.batch_size} is not a multiple of {CHUNK} per process: use "
-                        f"{near}")
+        raise UserError(f"batch_size {config.batch_size} is not a multiple of {unit} ({CHUNK} per process): "
+                        f"use {near}")
     if largest < CHUNK:
-        raise UserError(f"micro_batch {largest} is smaller than a chunk: use at least {CHUNK}")
+        raise UserError(f"micro_batch {largest} is too small: use at least {CHUNK}")
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n * CHUNK <= largest)
 
 
@@ -95,7 +96,7 @@ def draw(objective, x, seed, step, chunks, generator):
 # ---- before the first step ----------------------------------------------------------------------------
 
 def find_state(config):
-    """The latest valid state of the run, or None. --fresh renames its folder, unless torchrun restarts."""
+    """The latest valid state of the run, or None. --fresh renames its folder, unless torchrun restarts it."""
     if config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         set_aside(config.out)
     return newest_state(config.out)
@@ -124,7 +125,7 @@ def load_start(config, net, names):
     start, other, start_names = load_model(config.init_from, model_name=config.model)
     published = all(name.isdigit() for name in start_names)     # such files number their classes
     if start_names != names and not published and not config.allow_change:
-        raise UserError(f"{config.init_from} knows the classes {start_names}, and {config.data} has {names}: "
+        raise UserError(f"{config.init_from} has the classes {start_names}, but {config.data} has {names}: "
                         "if that is intended, add --allow_change")
     shapes, needed = ({name: v.shape for name, v in n.state_dict().items()} for n in (start, net))
     if shapes != needed or (other.transport, other.x_pred) != (config.transport, config.x_pred):
@@ -132,7 +133,7 @@ def load_start(config, net, names):
                     f"x_pred {c.x_pred}" for c, n in ((other, start), (config, net)))
         hint = ""
         if start.num_classes + 1 == net.num_classes:
-            hint = ": its table of classes has no null row"
+            hint = ": its class table has no null row"
         raise UserError(f"{config.init_from} is {was}; this run is {now}{hint}")
     net.load_state_dict(start.state_dict())
 
@@ -146,13 +147,13 @@ def check_setup(config, data, net, previous, start_step, previous_names):
         raise UserError(f"{config.data} has {len(data)} images to train on: lower --batch_size to at most "
                         "that many")
     if config.fsdp and "RANK" not in os.environ:
-        raise UserError("fsdp needs processes: torchrun --nproc_per_node=N train.py --fsdp ...")
+        raise UserError("fsdp needs torchrun: torchrun --nproc_per_node=N train.py --fsdp ...")
     changed = differences(previous, config) if previous else []
     if previous_names != data.names:
         changed.append(f"classes: {previous_names} -> {data.names}")
     if changed and not config.allow_change:
         raise UserError(f"{config.out} holds a run with other settings: {'; '.join(changed)}. Use another "
-                        "--out, or --fresh to start over, or --allow_change")
+                        "--out, or --fresh to start over, or --allow_change to resume anyway")
     if start_step > config.steps:
         raise UserError(f"{config.out} is already at step {start_step}: raise --steps, or start over with "
                         "--fresh")
@@ -200,7 +201,7 @@ def evaluate(pipeline, objective, teacher, held_out, step, out, log):
 
 
 def save(nets, optimizer, config, names, step, out, log):
-    """Process 0 writes the state and the models, with FSDP from all shards. False: the disk failed."""
+    """Process 0 writes the state and the models; with FSDP it gathers all shards. False: the disk failed."""
     tensors = state_tensors(nets, optimizer) if log.writes or config.fsdp else None
     saved = False
     with ignore_disk_errors(f"the checkpoint of step {step}", log.tell):
@@ -273,7 +274,7 @@ def main(config):                                                               
         return norm
 
     if compiled and on_gpu and not config.fsdp and world * accumulate == 1:
-        from extras.cudagraph import Graphed                    # the same step, launched at once
+        from extras.cudagraph import Graphed                    # the same step in a single launch
         train_step = Graphed(train_step, lambda: can_capture(optimizer))
     batches = open_batches(data, config, accumulate, start_step, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device)
@@ -317,12 +318,12 @@ def main(config):                                                               
             if teacher and config.style == "ft-vs-fe":
                 update_ema(teacher, net, TEACHER_EMA, step)
 
-            if step == start_step and compiled:     # speed and remaining time count from the next step on
+            if step == start_step and compiled:     # speed and remaining time are counted from the next step
                 bar.unpause()
                 log.tell(f"compiled in the first step: {time.perf_counter() - clock:.0f} s")
                 clock, clock_step = time.perf_counter(), step + 1
             bar.update()
-            done = step + 1     # with AdamW the host waits for the device only here, for a line of the log
+            done = step + 1     # with AdamW the host waits for the device only here, to write a log line
             if done % config.log_every == 0 or done == config.steps:
                 line = {"step": done, "images": done * config.batch_size, **losses.take()}
                 speed = (done - clock_step) * config.batch_size / (time.perf_counter() - clock)

@@ -8,7 +8,7 @@ import torch
 
 class Graphed:
     """call(*tensors) -> a tensor, captured once and then replayed. The first calls are plain ones, which
-    compile and initialise: at least three, and until ready(). Inputs of another shape go to `call` itself.
+    compile and initialise: at least three, then until ready(). Inputs of another shape go to `call` itself.
 
     A replay reads and writes the memory of the capture and runs no Python. So everything that changes from
     call to call must be in tensors: a Python number keeps its value. `call` may not read a tensor's value.

@@ -143,7 +143,7 @@ def load_autoencoder(name):
     source = AUTOENCODERS[short]
     with as_one_error("autoencoders need diffusers", "pip install diffusers"):
         import diffusers
-    hint = f"give --vae {short}=PATH, or fetch it where there is a network"
+    hint = f"give --vae {short}=PATH, or fetch it where there is internet"
     with as_one_error(f"cannot load {name} from {path or source.home}", hint):
         if source.loader == "ldm":
             from huggingface_hub import hf_hub_download
