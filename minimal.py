@@ -19,7 +19,7 @@ from sampler import sample
 from shapes import Shapes
 
 BATCH = 64
-data = Shapes(size=32, seed=0)          # circles, rings, squares, ...: x (B, 3, 32, 32) in [-1, 1], y in 0..7
+data = Shapes(size=24, seed=0)          # circles, rings, squares, ...: x (B, 3, 24, 24) in [-1, 1], y in 0..7
 
 
 def train(net, objective, steps, lr, decay, teacher=None):
@@ -27,7 +27,7 @@ def train(net, objective, steps, lr, decay, teacher=None):
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in tqdm(range(steps), unit="step"):
-        x, y = data[step * BATCH + np.arange(BATCH)]                            # (B, 3, 32, 32), (B,)
+        x, y = data[step * BATCH + np.arange(BATCH)]                            # (B, 3, 24, 24), (B,)
         t, z, drop = objective.draw(x)                   # times, noise, which labels to drop
         loss = objective(net, x, y, t, z, drop, teacher or ema).mean()
         loss.backward()
@@ -42,8 +42,8 @@ def train(net, objective, steps, lr, decay, teacher=None):
 
 def main(steps=2000, tune_steps=300, out="minimal.png"):
     torch.manual_seed(0)
-    net = DiT(input_size=32, patch_size=8, in_channels=3, hidden_size=128, depth=4, num_heads=4,
-              num_classes=8, x_pred=True, **FAMILIES["TiT"])        # 16 tokens; the layers predict the data
+    net = DiT(input_size=24, patch_size=8, in_channels=3, hidden_size=128, depth=4, num_heads=4,
+              num_classes=8, x_pred=True, **FAMILIES["TiT"])        # 9 tokens; the layers predict the data
 
     # lambda 0 is flow matching: F_t learns z - x, along the straight path x_t = t z + (1 - t) x. With zeta,
     # guidance is trained in: the target moves away from what the model says without a label.
@@ -57,13 +57,13 @@ def main(steps=2000, tune_steps=300, out="minimal.png"):
                           time_weight="none", time_beta=(0.8, 1.0, 1.0), derivative="backward", dt=0.05),
                 tune_steps, lr=2e-3, decay=0.99, teacher=many)
 
-    z, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 8
+    z, y = torch.randn(16, 3, 24, 24), torch.arange(16) % 8
     rows = [sample(few, z, y, steps=1, rho=1.0, gap=(0.001, 0.5)),              # three rows, one noise
             sample(few, z, y, steps=2, rho=1.0, gap=(0.001, 0.5)),
             sample(many, z, y, steps=40, kappa="auto", gap=(0.001, 0.05))]
     page = rearrange(torch.stack(rows), "row n c h w -> (row h) (n w) c")
     page = Image.fromarray((127.5 * page + 128).clamp(0, 255).byte().numpy())
-    page.resize((2 * page.width, 2 * page.height), Image.Resampling.NEAREST).save(out)
+    page.resize((3 * page.width, 3 * page.height), Image.Resampling.NEAREST).save(out)
     print(f"{out}: 16 images at 1, 2 and 40 network calls. Next: python train.py")
 
 
