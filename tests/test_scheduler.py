@@ -274,8 +274,8 @@ def test_a_scheduler_is_saved_and_loaded(tmp_path):
 # ---- the order of accuracy ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
-def test_auto_is_second_order_and_none_is_first(kind):
-    """A mixture of Gaussians, whose epsilon and velocity are known: half the step, a quarter of the error."""
+def test_auto_is_third_order_and_none_is_first(kind):
+    """A mixture of Gaussians, whose epsilon and velocity are known: half the step, an eighth of the error."""
     theirs, z = getattr(diffusers, kind)(), torch.randn(500, 2, dtype=DOUBLE)
     row = TRANSPORTS["ddpm" if kind == "DDIMScheduler" else "linear"]._replace(net_time=identity)
     net = mixture_net(row)
@@ -286,11 +286,10 @@ def test_auto_is_second_order_and_none_is_first(kind):
         for t, now in zip(scheduler.timesteps, scheduler.grid):
             x = scheduler.step(net(x.double(), now.expand(len(x)), None), t, x).prev_sample
         return x.double()
-    exact = sample(net, z, torch.zeros(500).long(), row, 3000, "auto", gap=(0.02, 0.02))
-    errors = {kappa: [(draw(n, kappa) - exact).norm(dim=1).median().item() for n in (80, 160, 320)]
+    exact = sample(net, z, torch.zeros(500).long(), row, 1500, "auto", gap=(0.02, 0.02))
+    errors = {kappa: [(draw(n, kappa) - exact).norm(dim=1).median().item() for n in (40, 80, 160)]
               for kappa in ("auto", 0.0)}
-    for coarse, fine in zip(errors["auto"], errors["auto"][1:]):
-        assert 3.2 < coarse / fine < 5
+    assert errors["auto"][0] > 25 * errors["auto"][2]           # 64 less what float32 leaves
     for coarse, fine in zip(errors[0.0], errors[0.0][1:]):
         assert 1.7 < coarse / fine < 2.4
 
