@@ -15,8 +15,8 @@ The rest is optional: extrapolate (kappa), replace part of the noise (rho), look
 | any, rho 1                  | multistep sampling of consistency models                                 |
 | any, kappa "auto"           | Adams' predictor and corrector: third order at one call per step         |
 
-"auto" rests on one fact: every path is the straight path. Let tau = alpha / (alpha + gamma), from near 1 to 0,
-and u = x / (alpha + gamma). On every transport du / dtau = v = z_hat - x_hat.
+"auto" rests on one fact: every path is the straight path. Let tau = alpha / (alpha + gamma), which falls to
+0, and u = x / (alpha + gamma). Then du / dtau = v = z_hat - x_hat on every transport.
 """
 from functools import partial
 
@@ -37,21 +37,22 @@ def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1, kappa=
     N is steps, or (steps + 1) // 2 with order 2, which calls twice a step. gap: distance of t_0 from 1 and of
     t_{N-1} from 0, so for two steps gap[1] is the time of the second call; 0: one even step before 0.
     schedule: the Kumaraswamy warp (1 - (1 - u^a)^b)^c of u = 1 - t, which moves the ends too.
-    kappa "auto": even in tau on every transport, then warped, to tau = N^-1.5 or gap[1], whichever is larger:
-    with few calls a late one is wasted, and the straight step from N^-1.5 to 0 keeps the third order.
+    kappa "auto": even in tau on every transport (then warped), down to tau = (N - 1)^-1.5, but not below that
+    of gap[1] nor above 1 / N: a late call is wasted on few, and the straight step left keeps the third order.
     """
     if not (isinstance(gap, (tuple, list)) and isinstance(schedule, (tuple, list))):
         raise ValueError(f"gap {gap} must be two numbers and schedule {schedule} three, such as (.001, .5)")
     (a, b, c), (gap0, gap1) = schedule, gap
     if steps < 1 or order not in (1, 2) or min(gap) < 0 or sum(gap) >= 1 or min(schedule) <= 0:
-        raise ValueError(f"steps {steps} must be at least 1, order {order} either 1 or 2, gap {gap} two numbers"
-                         f" >= 0 that add to less than 1, schedule {schedule} three positive ones")
+        raise ValueError(f"steps {steps} must be at least 1, order {order} either 1 or 2, gap {gap} two "
+                         f"numbers >= 0 that add to less than 1, schedule {schedule} three positive ones")
     n, warp = steps if order == 1 else (steps + 1) // 2, lambda u: (1 - (1 - u**a) ** b) ** c
     if kappa == "auto":
         t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
         tau = tau_at(resolve(transport), t)
         start, end = np.interp([1 - gap0, gap1], t, tau)
-        even = start + (max(end, n**-1.5) - start) * warp(torch.linspace(0, 1, n, dtype=torch.float64))
+        end = max(end, min(start / n, max(n - 1, 1) ** -1.5))
+        even = start + (end - start) * warp(torch.linspace(0, 1, n, dtype=torch.float64))
         return [*np.interp(even, tau, t).tolist(), 0.0]
     u = torch.linspace(gap0, 1 - gap1, n if gap1 > 0 else n + 1, dtype=torch.float64)[:n]
     return [*(1 - warp(u)).tolist(), 0.0]
@@ -86,8 +87,7 @@ def integral(calls, start, end):
     sum_k w_k s_k^p = 1 / (p + 1).
     """
     s = [(tau - start) / (end - start) for tau, _, _ in calls]                               # K numbers
-    p = np.arange(len(calls))
-    w = np.linalg.solve(np.power.outer(s, p).T, 1 / (p + 1))                                 # (K, K), (K,)
+    w = np.linalg.solve(np.vander(s, increasing=True).T, 1 / np.arange(1, len(s) + 1))       # (K, K), (K,)
     return (end - start) * sum(w_k * v for w_k, (_, _, v) in zip(w.tolist(), calls))         # (B, ...)
 
 
@@ -96,13 +96,14 @@ def next_u(calls, now, after, u, v):
 
     Correct, then predict. u was a prediction, and v is the network's answer to it. Now that v is known at
     both ends of the step to u, take it again through the last three v (Adams-Moulton): this costs no call.
-    Then predict through the last two (Adams-Bashforth), or straight along v for the last step and for images
-    whose v changed by more than .3 of itself. By more than itself, as guidance can: no correction either.
+    Then predict through the last two (Adams-Bashforth), but straight along v at the last step, and for images
+    whose v changed by more than .3 of itself. If it changed by more than itself, do not correct either.
     """
     change = torch.ones_like(u)
     if calls:
         tau_previous, u_previous, v_previous = calls[-1]
-        change = expand((v - v_previous).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1), v)   # (B, 1, ...)
+        change = (v - v_previous).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)          # (B,)
+        change = expand(change, v)                                                           # (B, 1, ...)
         corrected = u_previous + integral([*calls, (now, u, v)], tau_previous, now)          # (B, ...)
         u = torch.where(change < 1, corrected, u)
     calls[:] = [*calls[-1:], (now, u, v)]
@@ -111,7 +112,7 @@ def next_u(calls, now, after, u, v):
 
 
 def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
-    """A step of sample() and of scheduler.py: x at t[i + 1], which is the images at the end, and z_hat.
+    """A step of sample() and of the scheduler for diffusers: x at t[i + 1], at the end the images, and z_hat.
 
     t (N + 1,): the grid, on the CPU. predicted: x_hat and z_hat (B, ...) at t[i]. calls: an empty list at the
     first step of a run, then what the steps leave in it. kappa, rho, noise(i): as in sample().
@@ -129,15 +130,6 @@ def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
     calls[:] = [predicted]              # not the extrapolated ones: x carries each correction on
     z_new = renew(z_hat, rho, transport, t[i], t[i + 1], partial(noise, i))
     return alpha * z_new + gamma * x_hat, z_hat
-
-
-def with_guidance(net, cfg_scale, null):
-    """A network that answers F_null + cfg_scale (F_y - F_null), by one call of twice the batch."""
-    def guided(x, t, y):
-        both = torch.cat([y, torch.full_like(y, null)])
-        F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return F_null + cfg_scale * (F_y - F_null)
-    return guided
 
 
 @torch.no_grad()
@@ -159,7 +151,12 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
     check_sampler(transport, times, kappa, rho, order, cfg_scale, null)
     x = z.to(torch.float32 if z.device.type == "mps" else torch.float64)     # the state; MPS has no float64
     t = torch.tensor(times, dtype=x.dtype)                                   # (N + 1,), on the CPU
-    last, calls, guided = len(times) - 2, [], with_guidance(net, cfg_scale, null)
+    last, calls = len(times) - 2, []
+
+    def guided(x, t, y):                    # one call of twice the batch
+        both = torch.cat([y, torch.full_like(y, null)])
+        F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return F_null + cfg_scale * (F_y - F_null)
 
     def denoise(x, i):
         ask = guided if is_guided(transport, times[i], cfg_scale, cfg_interval) else net

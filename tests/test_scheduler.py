@@ -132,7 +132,7 @@ def test_the_times_of_flow_are_shifted_as_theirs(words, mu):
 
 def test_the_usual_sigmas_give_way_to_our_grid():
     theirs = diffusers.FlowMatchEulerDiscreteScheduler()
-    scheduler = UCGMScheduler.from_config(theirs.config, gap=(0.01, 0.02))
+    scheduler = UCGMScheduler.from_config(theirs.config, gap=(0.01, 0.02), kappa=0.0)
     for given in (dict(num_inference_steps=5), dict(sigmas=np.linspace(1, 0.2, 5)), dict(sigmas=[0.9, 0.2])):
         scheduler.set_timesteps(**given)
         expected = given["sigmas"] if len(scheduler.timesteps) == 2 else time_grid(5, gap=(0.01, 0.02))[:-1]
@@ -190,7 +190,8 @@ def test_it_is_our_sampler_on_the_network_of_the_pipeline(name, how):
                       cfg_scale=scale, null=2, noise=noise)
     assert_same(x[kept], expected)
     if name == "dit":
-        grid = time_grid(7, how.get("schedule", (1.0, 1.0, 1.0)), how.get("gap", (1e-3, 1e-3)))
+        schedule, gap = how.get("schedule", (1.0, 1.0, 1.0)), how.get("gap", (1e-3, 1e-3))
+        grid = time_grid(7, schedule, gap, kappa=how["kappa"], transport="ddpm")
         assert_close(pipe.scheduler.grid, torch.tensor(grid, dtype=DOUBLE))
 
 
