@@ -7,38 +7,55 @@ At each time the network says which data and which noise it sees in x, and the n
 
 The rest is optional: extrapolate (kappa), replace part of the noise (rho), look ahead (order 2).
 
-| setting                                   | is                                                            |
-|-------------------------------------------|---------------------------------------------------------------|
-| linear, kappa 0, rho 0                    | Euler's method on the flow (flow matching)                    |
-| ddpm or trigflow, kappa 0, rho 0          | DDIM                                                          |
-| edm, order 2                              | Heun's method of EDM                                          |
-| any, rho 1                                | multistep sampling of consistency models                      |
-| any, kappa 1/3 (even grid) or "auto"      | two-step Adams-Bashforth: second order at one call a step     |
+| setting                     | is                                                                       |
+|-----------------------------|--------------------------------------------------------------------------|
+| linear, kappa 0             | Euler's method on the flow (flow matching)                               |
+| ddpm or trigflow, kappa 0   | DDIM                                                                     |
+| edm, order 2                | Heun's method of EDM                                                     |
+| any, rho 1                  | multistep sampling of consistency models                                 |
+| any, kappa "auto"           | Adams' predictor and corrector: third order at one call per step         |
+
+"auto" rests on one fact: every path is the straight path. Let tau = alpha / (alpha + gamma), which falls to
+0, and u = x / (alpha + gamma). Then du / dtau = v = z_hat - x_hat on every transport.
 """
+from functools import partial
+
+import numpy as np
 import torch
 
-from objective import predict, resolve
+from objective import expand, predict, resolve
 
 
-def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1):
+def tau_at(transport, t):
+    """alpha / (alpha + gamma), like t."""
+    return transport.alpha(t) / (transport.alpha(t) + transport.gamma(t))
+
+
+def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1, kappa=0.0, transport="linear"):
     """Times t_0 > t_1 > ... > t_{N-1} of the network calls, then 0: a list of N + 1 floats.
 
     N is steps, or (steps + 1) // 2 with order 2, which calls twice a step. gap: distance of t_0 from 1 and of
     t_{N-1} from 0, so for two steps gap[1] is the time of the second call; 0: one even step before 0.
     schedule: the Kumaraswamy warp (1 - (1 - u^a)^b)^c of u = 1 - t, which moves the ends too.
+    kappa "auto": even in tau on every transport (then warped), down to tau = (N - 1)^-1.5, but not below that
+    of gap[1] nor above 1 / N: a late call is wasted on few, and the straight step left keeps the third order.
     """
     if not (isinstance(gap, (tuple, list)) and isinstance(schedule, (tuple, list))):
         raise ValueError(f"gap {gap} must be two numbers and schedule {schedule} three, such as (.001, .5)")
     (a, b, c), (gap0, gap1) = schedule, gap
-    if steps < 1 or order not in (1, 2):
-        raise ValueError(f"steps {steps} must be at least 1 and order {order} either 1 or 2")
-    if gap0 < 0 or gap1 < 0 or gap0 + gap1 >= 1 or min(schedule) <= 0:
-        raise ValueError(f"gap {gap} must be two numbers >= 0 that add to less than 1, "
-                         f"schedule {schedule} three positive ones")
-    n = steps if order == 1 else (steps + 1) // 2
+    if steps < 1 or order not in (1, 2) or min(gap) < 0 or sum(gap) >= 1 or min(schedule) <= 0:
+        raise ValueError(f"steps {steps} must be at least 1, order {order} either 1 or 2, gap {gap} two "
+                         f"numbers >= 0 that add to less than 1, schedule {schedule} three positive ones")
+    n, warp = steps if order == 1 else (steps + 1) // 2, lambda u: (1 - (1 - u**a) ** b) ** c
+    if kappa == "auto":
+        t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+        tau = tau_at(resolve(transport), t)
+        start, end = np.interp([1 - gap0, gap1], t, tau)
+        end = max(end, min(start / n, max(n - 1, 1) ** -1.5))
+        even = start + (end - start) * warp(torch.linspace(0, 1, n, dtype=torch.float64))
+        return [*np.interp(even, tau, t).tolist(), 0.0]
     u = torch.linspace(gap0, 1 - gap1, n if gap1 > 0 else n + 1, dtype=torch.float64)[:n]
-    u = (1 - (1 - u**a) ** b) ** c
-    return [*(1 - u).tolist(), 0.0]
+    return [*(1 - warp(u)).tolist(), 0.0]
 
 
 def is_guided(transport, t, cfg_scale, cfg_interval):
@@ -55,53 +72,64 @@ def count_nfe(times, transport="linear", order=1, cfg_scale=1.0, cfg_interval=(0
     return sum(cost) + (sum(cost[1:]) if order == 2 else 0)
 
 
-def kappa_at(kappa, times, i):
-    """The weight of the extrapolation at step i.
+def renew(z_hat, rho, transport, now, after, noise):
+    """Replace rho of the variance by fresh noise; "sde": 2 |dt| alpha(now) / alpha(after)^2, at most 1."""
+    if rho == "sde":
+        rho = 2 * (now - after).abs() * transport.alpha(now) / transport.alpha(after) ** 2
+        rho = rho.clamp(0, 1).item()
+    return (1 - rho) ** 0.5 * z_hat + rho**0.5 * noise().to(z_hat) if rho else z_hat
 
-    x is built from extrapolated predictions, so each correction re-enters the next: in all it weighs
-    kappa / (1 - kappa). Adams-Bashforth asks for 1/2 on an even grid, so for kappa = 1/3. Larger values
-    overshoot the path, which sharpens. "auto" is its answer on any grid: r^2 / (1 + 2 r) with
-    r = h_i / h_{i-1}, and r / 2 at step 1, which has no correction to carry yet. A number begins at step 2,
-    as published.
+
+def integral(calls, start, end):
+    """The polynomial in tau through v of these calls (tau, u, v), integrated from start to end: like v.
+
+    With s = (tau - start) / (end - start), the K weights must integrate every power p < K of s over 0..1:
+    sum_k w_k s_k^p = 1 / (p + 1).
     """
-    if kappa != "auto":
-        return kappa if i >= 2 else 0.0
-    if i == 0:
-        return 0.0
-    r = (times[i + 1] - times[i]) / (times[i] - times[i - 1])
-    return r / 2 if i == 1 else r * r / (1 + 2 * r)
+    s = [(tau - start) / (end - start) for tau, _, _ in calls]                               # K numbers
+    w = np.linalg.solve(np.vander(s, increasing=True).T, 1 / np.arange(1, len(s) + 1))       # (K, K), (K,)
+    return (end - start) * sum(w_k * v for w_k, (_, _, v) in zip(w.tolist(), calls))         # (B, ...)
 
 
-def rho_at(rho, transport, now, after):
-    """The share of fresh noise; "sde": 2 |dt| alpha(now) / alpha(after)^2, at most 1."""
-    if rho != "sde":
-        return rho
-    return float((2 * (now - after).abs() * transport.alpha(now) / transport.alpha(after) ** 2).clamp(0, 1))
+def next_u(calls, now, after, u, v):
+    """A step of kappa "auto": u (B, ...) at tau = after, from u and v at tau = now, which join calls.
 
-
-def next_x(transport, t, i, raw, before, kappa_i, rho, noise):
-    """One step of sample() and of scheduler.py: x at t[i + 1], and its z_hat before noise is renewed.
-
-    t (N + 1,): the grid, on the CPU. raw, before: x_hat and z_hat (B, ...) as predicted at t[i] and t[i - 1];
-    before is not read where kappa_i is 0. rho, noise(i): as in sample().
+    Correct, then predict. u was a prediction, and v is the network's answer to it. Now that v is known at
+    both ends of the step to u, take it again through the last three v (Adams-Moulton): this costs no call.
+    Then predict through the last two (Adams-Bashforth), but straight along v at the last step, and for images
+    whose v changed by more than .3 of itself. If it changed by more than itself, do not correct either.
     """
-    x_hat, z_hat = raw
-    if kappa_i:                         # of data and noise alike: the noise alone is worse than nothing
-        x_hat = x_hat + kappa_i * (raw[0] - before[0])
-        z_hat = z_hat + kappa_i * (raw[1] - before[1])
-    z_mixed, rho_i = z_hat, rho_at(rho, transport, t[i], t[i + 1])
-    if rho_i:
-        z_mixed = (1 - rho_i) ** 0.5 * z_hat + rho_i**0.5 * noise(i).to(z_hat)
-    return transport.alpha(t[i + 1]).item() * z_mixed + transport.gamma(t[i + 1]).item() * x_hat, z_hat
+    change = torch.ones_like(u)
+    if calls:
+        tau_previous, u_previous, v_previous = calls[-1]
+        change = (v - v_previous).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)          # (B,)
+        change = expand(change, v)                                                           # (B, 1, ...)
+        corrected = u_previous + integral([*calls, (now, u, v)], tau_previous, now)          # (B, ...)
+        u = torch.where(change < 1, corrected, u)
+    calls[:] = [*calls[-1:], (now, u, v)]
+    straight = u + (after - now) * v
+    return torch.where(change < 0.3, u + integral(calls, now, after), straight) if after else straight
 
 
-def with_guidance(net, cfg_scale, null):
-    """A network that answers F_null + cfg_scale (F_y - F_null), by one call of twice the batch."""
-    def guided(x, t, y):
-        both = torch.cat([y, torch.full_like(y, null)])
-        F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return F_null + cfg_scale * (F_y - F_null)
-    return guided
+def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
+    """A step of sample() and of the scheduler for diffusers: x at t[i + 1], at the end the images, and z_hat.
+
+    t (N + 1,): the grid, on the CPU. predicted: x_hat and z_hat (B, ...) at t[i]. calls: an empty list at the
+    first step of a run, then what the steps leave in it. kappa, rho, noise(i): as in sample().
+    """
+    (x_hat, z_hat), is_last = predicted, i == len(t) - 2
+    alpha, gamma = transport.alpha(t[i + 1]).item(), transport.gamma(t[i + 1]).item()
+    if kappa == "auto":
+        now, after = tau_at(transport, t[i]).item(), 0.0 if is_last else alpha / (alpha + gamma)
+        u = next_u(calls, now, after, now * z_hat + (1 - now) * x_hat, z_hat - x_hat)
+        return u if is_last else (alpha + gamma) * u, z_hat
+    if is_last:
+        return predicted
+    if kappa and i >= 2:                # as published; 1/3 is of second order, more sharpens
+        x_hat, z_hat = (now + kappa * (now - previous) for now, previous in zip(predicted, calls[-1]))
+    calls[:] = [predicted]              # not the extrapolated ones: x carries each correction on
+    z_new = renew(z_hat, rho, transport, t[i], t[i + 1], partial(noise, i))
+    return alpha * z_new + gamma * x_hat, z_hat
 
 
 @torch.no_grad()
@@ -116,46 +144,48 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
     ValueError: settings that exclude each other, or a first time at which the formula divides by zero.
     """
     transport = resolve(transport)
-    times = time_grid(steps, schedule, gap, order) if times is None else times
+    times = time_grid(steps, schedule, gap, order, kappa, transport) if times is None else times
     times = [*(float(t) for t in times if t != 0), 0.0]
     null = getattr(net, "num_classes", None) if null is None else null
     noise = noise or (lambda i: torch.randn_like(z))
     check_sampler(transport, times, kappa, rho, order, cfg_scale, null)
     x = z.to(torch.float32 if z.device.type == "mps" else torch.float64)     # the state; MPS has no float64
     t = torch.tensor(times, dtype=x.dtype)                                   # (N + 1,), on the CPU
-    last, before, guided = len(times) - 2, None, with_guidance(net, cfg_scale, null)
+    last, calls = len(times) - 2, []
+
+    def guided(x, t, y):                    # one call of twice the batch
+        both = torch.cat([y, torch.full_like(y, null)])
+        F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return F_null + cfg_scale * (F_y - F_null)
 
     def denoise(x, i):
         ask = guided if is_guided(transport, times[i], cfg_scale, cfg_interval) else net
         in_dtype = lambda x, t, y: ask(x.to(z.dtype), t.to(z.dtype), y)
-        # made on the device: the host would wait for a copy
-        t_i = torch.full((len(x),), times[i], dtype=x.dtype, device=x.device)                # (B,)
+        t_i = torch.full((len(x),), times[i], dtype=x.dtype, device=x.device)    # (B,), not a copy: no wait
         return predict(in_dtype, transport, x, t_i, y)[1:]
 
     for i in range(last + 1):
-        raw = denoise(x, i)
+        predicted = denoise(x, i)
+        x_next, z_hat = next_x(transport, t, i, predicted, calls, kappa, rho if order == 1 else 0.0, noise)
         if on_step:
-            on_step(i, times[i], raw[0].to(z.dtype))
-        if i == last:
-            return raw[0].to(z.dtype)
-
-        x_next, z_hat = next_x(transport, t, i, raw, before, kappa_at(kappa, times, i), rho, noise)
-        before = raw                    # not the extrapolated ones: x carries the correction
-        if order == 2:                  # Heun: the step again, with the mean of this and the next noise
+            on_step(i, times[i], (x_next if i == last else predicted[0]).to(z.dtype))
+        if order == 2 and i < last:     # Heun: the step again, with the mean of this and the next noise
             (a, a_next), (g, g_next) = (f(t[i:i + 2]).tolist() for f in (transport.alpha, transport.gamma))
             z_mean = (z_hat + denoise(x_next, i + 1)[1]) / 2
             x_next = x * g_next / g + (a_next - g_next * a / g) * z_mean
+            # z_mean, the noise in x_next, is renewed only now: the correction would magnify fresh noise.
+            x_next += a_next * (renew(z_mean, rho, transport, t[i], t[i + 1], partial(noise, i)) - z_mean)
         x = x_next
+    return x.to(z.dtype)
 
 
 def check_sampler(transport, times, kappa, rho, order, cfg_scale, null):
     """ValueError if these exclude each other. times as from time_grid; null: the null class or None."""
     if len(times) < 2 or times[0] > 1 or any(now <= after for now, after in zip(times, times[1:])):
         raise ValueError(f"times must fall from at most 1 towards 0, found {times[:-1]}")
-    if isinstance(kappa, str) and kappa != "auto" or isinstance(rho, str) and rho != "sde":
-        raise ValueError(f"kappa {kappa!r} must be a number or auto, rho {rho!r} a number or sde")
-    if rho != "sde" and not 0 <= rho <= 1:
-        raise ValueError(f"rho {rho} must lie in 0..1, or be sde")
+    rho_is_known = rho == "sde" or not isinstance(rho, str) and 0 <= rho <= 1
+    if isinstance(kappa, str) and kappa != "auto" or not rho_is_known:
+        raise ValueError(f"kappa {kappa!r} must be a number or auto, rho {rho!r} a number in 0..1 or sde")
     if kappa == "auto" and (rho != 0 or order == 2):
         raise ValueError(f"kappa auto needs rho 0 and order 1, found {rho} and {order}: give a number")
     start = torch.tensor(times[0], dtype=torch.float64)

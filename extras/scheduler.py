@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils.torch_utils import randn_tensor
 
 from objective import Transport, discrete_path, identity, minus_one, one, one_minus, predict, zero
-from sampler import check_sampler, kappa_at, next_x, time_grid
+from sampler import check_sampler, next_x, time_grid
 
 DOUBLE = torch.float64
 
@@ -119,8 +119,9 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
         else:
             usual = torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=DOUBLE)
             if given is None or torch.allclose(given, usual, atol=1e-5):
-                times = time_grid(num_inference_steps, config.schedule, config.gap)[:-1]
-                given = torch.tensor(times, dtype=DOUBLE)
+                how = config.schedule, config.gap, 1, config.kappa, self.transport
+                times = time_grid(num_inference_steps, *how)
+                given = torch.tensor(times[:-1], dtype=DOUBLE)
             t = self._shifted(given, mu) if is_flow(config) else given
         self.grid = F.pad(t, (0, 1))                                                    # (N + 1,), then 0
         check_sampler(self.transport, self.grid.tolist(), config.kappa, config.rho, 1, 1.0, None)
@@ -128,7 +129,7 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self.transport.net_time(t).float().to(device)                  # (N,)
         if is_flow(config):
             self.sigmas = self.transport.net_time(self.grid).float() / config.num_train_timesteps
-        self.begin_index = self.step_index = self._before = None
+        self.begin_index = self.step_index = None
 
     def _shifted(self, t, mu):
         """Times of flow (N,) moved towards the noise, as the network's resolution wants it."""
@@ -164,17 +165,14 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
         if self.step_index is None:
             nearest = (self.timesteps - float(timestep)).abs().argmin().item()
             self.step_index = nearest if self.begin_index is None else self.begin_index
-            self._run = self.grid[self.step_index:]             # image-to-image starts in the middle
+            self._run, self._calls = self.grid[self.step_index:], []    # image-to-image starts in the middle
         grid, rho, x = self._run, self.config.rho, sample.float()
         i = self.step_index + len(grid) - len(self.grid)        # of the calls of this run
         t = grid[i].float().to(x.device).expand(len(x))
-        raw = predict(lambda x, t, y: model_output, self.transport, x, t, None)[1:]
-        after = raw[0]
-        if i < len(grid) - 2:
-            kappa_i = kappa_at(self.config.kappa, grid.tolist(), i)
-            noise = lambda i: randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            after, _ = next_x(self.transport, grid, i, raw, self._before, kappa_i, rho, noise)
-        self._before, self.step_index = raw, self.step_index + 1
+        predicted = predict(lambda x, t, y: model_output, self.transport, x, t, None)[1:]
+        noise = lambda i: randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        after, _ = next_x(self.transport, grid, i, predicted, self._calls, self.config.kappa, rho, noise)
+        self.step_index += 1
         after = after.to(sample.dtype)
         return SchedulerOutput(prev_sample=after) if return_dict else (after,)
 
