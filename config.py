@@ -108,7 +108,7 @@ class Config:
     ema: tuple = setting((0.999,), "EMA decay rates; the first is the one saved and sampled", least=0, most=1)
 
     sample_steps: int = setting(20, "steps of the sampler", "sampler, as sample.py will use it", least=1)
-    kappa: float | str = setting("auto", "extrapolation: a number, or auto (second order)")
+    kappa: float | str = setting("auto", "extrapolation: a number, or auto (third order)")
     rho: float | str = setting(0.0, "stochasticity: 0..1, or sde")
     schedule: tuple = setting((1.0, 1.0, 1.0), "warp of the time grid")
     gap: tuple = setting((0.001, 0.001), "distance of the first call from t = 1, then time of the last call")

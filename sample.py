@@ -78,7 +78,7 @@ class Pipeline(NamedTuple):
         """Network evaluations per image. UserError: settings of the sampler that exclude each other."""
         s = {"order": 1, **self.config.sampler(**given)}
         with user_errors():
-            times = time_grid(s["steps"], s["schedule"], s["gap"], s["order"])
+            times = time_grid(s["steps"], s["schedule"], s["gap"], s["order"], s["kappa"], s["transport"])
             check_sampler(resolve(s["transport"]), times, s["kappa"], s["rho"], s["order"], s["cfg_scale"],
                           self.net.num_classes)
         return count_nfe(times, s["transport"], s["order"], s["cfg_scale"], s["cfg_interval"])

@@ -1,6 +1,6 @@
 """The sampler of UCGM-S (arXiv 2505.07447): one loop for few-step and many-step models.
 
-At each time the network says which data and which noise it sees in x, and the next x mixes the two anew:
+At each time the network says which data and which noise it sees in x, and the next x mixes the two again:
 
     x_hat, z_hat = predict(net, transport, x, t_i, y)
     x = alpha(t_{i+1}) z_hat + gamma(t_{i+1}) x_hat
@@ -34,11 +34,12 @@ def tau_at(transport, t):
 def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1, kappa=0.0, transport="linear"):
     """Times t_0 > t_1 > ... > t_{N-1} of the network calls, then 0: a list of N + 1 floats.
 
-    N is steps, or (steps + 1) // 2 with order 2, which calls twice a step. gap: distance of t_0 from 1 and of
+    N is steps, or (steps + 1) // 2 with order 2: two calls per step. gap: distance of t_0 from 1 and of
     t_{N-1} from 0, so for two steps gap[1] is the time of the second call; 0: one even step before 0.
     schedule: the Kumaraswamy warp (1 - (1 - u^a)^b)^c of u = 1 - t, which moves the ends too.
-    kappa "auto": even in tau on every transport (then warped), down to tau = (N - 1)^-1.5, but not below that
-    of gap[1] nor above 1 / N: a late call is wasted on few, and the straight step left keeps the third order.
+    kappa "auto": even in tau on every transport, then warped, down to tau = (N - 1)^-1.5, though never below
+    the tau of gap[1] or above 1 / N. With few calls a later one is wasted; the straight step that is left
+    keeps the third order.
     """
     if not (isinstance(gap, (tuple, list)) and isinstance(schedule, (tuple, list))):
         raise ValueError(f"gap {gap} must be two numbers and schedule {schedule} three, such as (.001, .5)")
@@ -66,7 +67,7 @@ def is_guided(transport, t, cfg_scale, cfg_interval):
 
 
 def count_nfe(times, transport="linear", order=1, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
-    """Network evaluations an image. A guided call is two; order 2 calls twice a step, but for the last."""
+    """Network evaluations per image. A guided call is two; order 2 has two per step but the last."""
     transport = resolve(transport)
     cost = [1 + is_guided(transport, t, cfg_scale, cfg_interval) for t in times[:-1]]
     return sum(cost) + (sum(cost[1:]) if order == 2 else 0)
@@ -94,10 +95,10 @@ def integral(calls, start, end):
 def next_u(calls, now, after, u, v):
     """A step of kappa "auto": u (B, ...) at tau = after, from u and v at tau = now, which join calls.
 
-    Correct, then predict. u was a prediction, and v is the network's answer to it. Now that v is known at
-    both ends of the step to u, take it again through the last three v (Adams-Moulton): this costs no call.
-    Then predict through the last two (Adams-Bashforth), but straight along v at the last step, and for images
-    whose v changed by more than .3 of itself. If it changed by more than itself, do not correct either.
+    First correct, then predict. u was a prediction, and v is the network's answer there. Now that v is known
+    at both ends of the step that led to u, repeat that step with the last three v (Adams-Moulton), at no
+    further call. Then predict with the last two (Adams-Bashforth). The last step goes straight along v, and
+    so do images whose v changed by more than .3 of itself; if by more than itself, they are not corrected.
     """
     change = torch.ones_like(u)
     if calls:
@@ -112,7 +113,7 @@ def next_u(calls, now, after, u, v):
 
 
 def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
-    """A step of sample() and of the scheduler for diffusers: x at t[i + 1], at the end the images, and z_hat.
+    """A step of sample() and of extras/scheduler.py: x at t[i + 1], or the images at the end, and z_hat.
 
     t (N + 1,): the grid, on the CPU. predicted: x_hat and z_hat (B, ...) at t[i]. calls: an empty list at the
     first step of a run, then what the steps leave in it. kappa, rho, noise(i): as in sample().
@@ -169,7 +170,7 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
         x_next, z_hat = next_x(transport, t, i, predicted, calls, kappa, rho if order == 1 else 0.0, noise)
         if on_step:
             on_step(i, times[i], (x_next if i == last else predicted[0]).to(z.dtype))
-        if order == 2 and i < last:     # Heun: the step again, with the mean of this and the next noise
+        if order == 2 and i < last:     # Heun: repeat the step with the mean of this noise and the next
             (a, a_next), (g, g_next) = (f(t[i:i + 2]).tolist() for f in (transport.alpha, transport.gamma))
             z_mean = (z_hat + denoise(x_next, i + 1)[1]) / 2
             x_next = x * g_next / g + (a_next - g_next * a / g) * z_mean
@@ -187,10 +188,10 @@ def check_sampler(transport, times, kappa, rho, order, cfg_scale, null):
     if isinstance(kappa, str) and kappa != "auto" or not rho_is_known:
         raise ValueError(f"kappa {kappa!r} must be a number or auto, rho {rho!r} a number in 0..1 or sde")
     if kappa == "auto" and (rho != 0 or order == 2):
-        raise ValueError(f"kappa auto needs rho 0 and order 1, found {rho} and {order}: give a number")
+        raise ValueError(f"kappa auto needs rho 0 and order 1, found {rho} and {order}: give a number for it")
     start = torch.tensor(times[0], dtype=torch.float64)
     if transport.determinant(start).abs() < 1e-6 or order == 2 and transport.gamma(start).abs() < 1e-6:
-        raise ValueError(f"at t = {times[0]} no data are left in x, and order 2 and epsilon-prediction "
-                         "divide by them: set gap[0] above 0, such as 0.001")
+        raise ValueError(f"at t = {times[0]} the share of data in x is 0, and order 2 and epsilon-prediction "
+                         "divide by it: set gap[0] above 0, such as 0.001")
     if cfg_scale != 1 and not null:
-        raise ValueError(f"guidance {cfg_scale} needs a null class and the network has none; use cfg_scale 1")
+        raise ValueError(f"guidance {cfg_scale} needs a null class, which the network lacks; use cfg_scale 1")

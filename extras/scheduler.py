@@ -1,10 +1,10 @@
-"""UCGM-S in the pipelines of diffusers (pip install diffusers): as many images, fewer steps, no training.
+"""UCGM-S in diffusers pipelines (pip install diffusers): the same images in fewer steps, without training.
 
     from extras.scheduler import UCGMScheduler
     pipe.scheduler = UCGMScheduler.from_config(pipe.scheduler.config, kappa="auto")
 
 A pipeline's own scheduler says what its network predicts and on which path; from_config turns that into a
-Transport, and every step is sampler.next_x. Clipping and thresholding of the data are left out.
+Transport, and every step is sampler.next_x. The data are neither clipped nor thresholded.
 
 | config                                              | path            | timesteps told to the network    |
 |-----------------------------------------------------|-----------------|----------------------------------|
@@ -39,7 +39,7 @@ def log_alpha_bar(config):
         bar = torch.cos((torch.linspace(0, 1, n + 1, dtype=DOUBLE) + 0.008) / 1.008 * torch.pi / 2) ** 2
         betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
     else:
-        raise ValueError(f"beta_schedule {config.beta_schedule!r} is none of linear, scaled_linear, "
+        raise ValueError(f"beta_schedule {config.beta_schedule!r} is not one of linear, scaled_linear, "
                          "squaredcos_cap_v2: give trained_betas")
     if not config.rescale_betas_zero_snr:
         return torch.log1p(-betas).cumsum(0)
@@ -65,13 +65,14 @@ def transport_of(config):
     hats = {"epsilon": (one, zero), "sample": (zero, one), "flow_prediction": (one, minus_one),
             "v_prediction": (gamma, lambda t: -alpha(t))}
     if config.prediction_type not in hats:
-        raise ValueError(f"prediction_type {config.prediction_type!r} is none of {', '.join(hats)}")
+        raise ValueError(f"prediction_type {config.prediction_type!r} is not one of {', '.join(hats)}")
     return Transport(alpha, gamma, *hats[config.prediction_type], net_time, sign)
 
 
 class UCGMScheduler(SchedulerMixin, ConfigMixin):
-    """The sampler of UCGM-S, as a scheduler. kappa: a number or "auto"; rho: 0..1 or "sde", and then kappa a
-    number. schedule, gap: those of sampler.time_grid. Other settings have diffusers' names and meanings."""
+    """The sampler of UCGM-S, as a scheduler. kappa: a number or "auto"; rho: 0..1 or "sde"; kappa must
+    be a number unless rho is 0. schedule, gap: those of sampler.time_grid. Other settings have
+    diffusers' names and meanings."""
     _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), "FlowMatchEulerDiscreteScheduler"]
     order = 1
     init_noise_sigma = 1.0
@@ -103,9 +104,9 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-        """The grid of a run, and forget the run before. sigmas: of flow, before the shift; the default ones
-        of pipelines, 1 to 1 / N in even steps, give way to UCGM-S's grid. mu: of dynamic shifting. timesteps:
-        the grid as the network is told it. ValueError: none of these, or what excludes each other."""
+        """Set the grid of a run and forget the last run. sigmas: for flow, before the shift; the default ones
+        of pipelines, 1 to 1 / N in even steps, give way to UCGM-S's grid. mu: for dynamic shifting.
+        timesteps: the grid as the network is told it. ValueError: none of these, or too many at once."""
         config, given = self.config, sigmas if timesteps is None else timesteps
         if given is not None:
             given = torch.as_tensor(np.asarray(given), dtype=DOUBLE)
@@ -144,7 +145,7 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
         return t
 
     def _time_of(self, timesteps):
-        """t of what the network is told: net_time is a straight line."""
+        """t, from what the network is told; net_time is linear."""
         start, end = self.transport.net_time(torch.tensor([0.0, 1.0], dtype=DOUBLE)).tolist()
         return (timesteps - start) / (end - start)
 
@@ -158,8 +159,8 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         """x at the next time, like sample (B, ...), computed in float32; x_hat at the last.
 
-        Calls of one run follow each other: set_timesteps starts another, at any timestep. generator: of the
-        fresh noise of rho; without one, which many pipelines do not pass on, torch's own."""
+        The calls of a run come in order; set_timesteps starts another run, at any timestep. generator: for
+        rho's fresh noise; without one (many pipelines do not pass it on), torch's own."""
         if self.timesteps is None:
             raise ValueError("step needs a grid: call set_timesteps first")
         if self.step_index is None:
