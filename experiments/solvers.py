@@ -191,7 +191,7 @@ def main():
         if model == "mixture":
             problem, converged, (v, z, end) = model, 800, mixture(options.seeds)
         else:
-            problem, converged = f"{Path(model).name}, guidance {scale:g}, {options.dtype}", 150
+            problem, converged = f"{Path(model).name}, guidance {scale:g}, {options.dtype}", 400
             v, z, end = trained(model, options.seeds, scale, options.dtype)
         for path in options.paths.split(","):
             lines = measure(problem, path, v, z, end, converged, columns)
