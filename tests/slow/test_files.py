@@ -24,8 +24,8 @@ TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2
 
 def start(script, *words, processes=1):
     """A script in a process, and a group of processes, of its own."""
-    python, *script = script_command(script)
-    launch = [python, *(TORCHRUN_2 if processes == 2 else []), *script]
+    python, *module, script = script_command(script)
+    launch = [python, *([*TORCHRUN_2, *module, "--"] if processes == 2 else module), script]
     return subprocess.Popen([*launch, *map(str, words)], cwd=ROOT, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -58,7 +58,7 @@ def vaes(tmp_path_factory):
 
 
 def encode(root, vae, out, processes=1):
-    return start("-m", "extras.latents", "encode", "--data", f"folder:{root}", "--vae", vae, "--size", 32,
+    return start("extras/latents.py", "encode", "--data", f"folder:{root}", "--vae", vae, "--size", 32,
                  "--out", out, "--shard", 20, "--batch_size", 5, "--workers", 0, "--device", "cpu",
                  processes=processes)
 
@@ -73,7 +73,7 @@ def test_encoding_survives_being_killed(tmp_path, vaes, name, kills):
     process and on two."""
     root = make_images(tmp_path / "images", 300)
     text = finish(encode(root, vaes[name], tmp_path / "calm"))
-    assert "298 images encoded, 2 could not be read" in text and "0008.jpg" in text and "0040.jpg" in text
+    assert "298 images encoded, 2 unreadable" in text and "0008.jpg" in text and "0040.jpg" in text
     expected = files_of(tmp_path / "calm")
     shards = json.loads(expected["manifest.json"])["shards"].values()
     names = [name for shard in shards for name in shard["pictures"]]
