@@ -10,7 +10,7 @@
 | fashion     | 28x28 clothes, shoes and bags (Fashion-MNIST, arXiv 1708.07747), the same way   |
 | cifar10     | 32x32 colour photographs, also downloaded; mirrored at random                   |
 | folder:PATH | one sub-folder per class, any size: resized, centre-cropped, mirrored at random |
-| npz:PATH    | arrays x (uint8; N, H, W, C or N, H, W) and y (integers)                        |
+| npz:PATH    | arrays x (uint8; N, H, W, C or N, H, W), y (integers), perhaps names            |
 | latents:DIR | latents, opened by extras/latents.py; mirrored at random                        |
 
 A finite set is reshuffled each epoch. A stream has no state, so nothing has to be saved and processes need
@@ -120,7 +120,8 @@ def open_npz(path, seed):
     with (as_one_error(f"{path} is not an npz file with arrays x and y", "use another copy"),
           np.load(path, allow_pickle=False) as file):
         x, y = file["x"], file["y"]
-    return from_arrays(x, y, None, seed)
+        names = list(map(str, file["names"])) if "names" in file else None
+    return from_arrays(x, y, names, seed)
 
 
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}

@@ -9,6 +9,7 @@ X_PRED = dict(x_pred=True, gap=(0.001, 0.05))           # such a network divides
 SHAPES, SHAPES32 = dict(model="TiT-XXS/8", **X_PRED), dict(model="TiT-XS/8", **X_PRED)
 MNIST = dict(data="mnist", model="TiT-XXS/4", **X_PRED)
 FASHION = MNIST | dict(data="fashion", model="TiT-XS/4")
+AVATARS = dict(data="npz:avatars64.npz", model="TiT-XS/8", **X_PRED)
 CIFAR = dict(data="cifar10", model="TiT-S/2", batch_size=128)
 FOLDER = dict(data="folder:images", model="TiT-XS/4", **X_PRED)
 MANY = dict(zeta=0.5, style="ft-vs-fe", time_beta=(2.0, 1.0, 1.0), time_weight="none", lr=8e-3)
@@ -44,6 +45,9 @@ RECIPES = {
                            FASHION, MANY, MUON, zeta=0.4, steps=9000),
     "fashion-few":  recipe("two steps: 6 min on one core, 4.2 @ 2", FASHION, FEW, MUON,
                            lr=3e-3, warmup=100, steps=720, ema=(0.995,), dt=0.1, rho=0.5, gap=(0.001, 0.75)),
+    "avatars":      recipe("many-step: about 60 min on one core", AVATARS, MANY, MUON, zeta=0.4, lr=5e-3, steps=2700),
+    "avatars-few":  recipe("two steps: 13 min on one core", AVATARS, FEW, MUON, lr=3e-3, warmup=100,
+                           steps=400, ema=(0.995,), dt=0.1, rho=0.5, gap=(0.001, 0.75)),
     "folder":       recipe("many-step, your images: 80 min", FOLDER, MANY, MUON, lr=5e-3, steps=5000),
     "folder-few":   recipe("two steps: 10 min", FOLDER, FEW, steps=600),
     "cifar10":      recipe("many-step; not run", CIFAR, MANY, lr=1e-3, steps=200_000, ema=(0.9999,)),

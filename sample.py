@@ -54,7 +54,7 @@ from engine import (as_one_error, atomic_write, autocast, from_rank0, init_distr
 from objective import resolve
 from sampler import check_sampler, count_nfe, sample, time_grid
 
-SHIPPED = Path(__file__).parent / "assets/fashion-few.safetensors"
+SHIPPED = Path(__file__).parent / "assets/avatars-few.safetensors"
 # The largest side of each format in pixels; an npz has no limit.
 LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000, ".gif": 4_000, ".npz": float("inf")}
 

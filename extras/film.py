@@ -23,5 +23,6 @@ def draw_film(pipelines, seeds, options, classes, columns):
     for k, film in enumerate(films):
         for i, page in enumerate(pages):
             page.paste(film[min(i, len(film) - 1)], (k * (width + 24), 0))
+    pages = [page.quantize(128, dither=Image.Dither.NONE) for page in pages]     # for a smaller file
     pages[0].save(options.out, save_all=True, append_images=pages[1:], loop=0,
                   duration=[800, *[100] * (len(pages) - 2), 3000])

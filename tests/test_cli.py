@@ -129,13 +129,13 @@ def test_image_k_depends_on_seed_k_alone(capsys):
 
 
 def test_the_shipped_model_draws(capsys):
-    """After a clone: clothes, a column a class, named."""
+    """After a clone: avatars, one column per class, named."""
     status, out, err = run("sample.py", "--steps", 2, capsys=capsys)
     assert status == 0 and "80 images" in out and "assets" in out, err
-    assert Image.open("samples.png").size == (10 * 60 - 4, 18 + 8 * 60 - 4)
-    assert load_model(ROOT / "assets/fashion-few.safetensors")[2][9] == "Ankle boot"
-    assert sum(path.stat().st_size for path in (ROOT / "assets").glob("*-few.safetensors")) < 17_000_000
-    assert all(path.stat().st_size < 500_000 for path in (ROOT / "assets").glob("features-*.safetensors"))
+    assert Image.open("samples.png").size == (10 * 68 - 4, 18 + 8 * 68 - 4)
+    assert load_model(ROOT / "assets/avatars-few.safetensors")[2][9] == "thumbs"
+    assert sum(path.stat().st_size for path in (ROOT / "assets").glob("*-few.safetensors")) < 17_100_000
+    assert all(path.stat().st_size < 600_000 for path in (ROOT / "assets").glob("features-*.safetensors"))
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------
