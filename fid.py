@@ -340,7 +340,10 @@ def evaluate(options):
     num, batch_size = options.num, options.batch_size
     if wrong := set(metrics) - {"fid", "is", "kid", "pr"}:
         raise UserError(f"unknown metrics {', '.join(sorted(wrong))}; use some of fid,is,kid,pr")
-    model = open_pipeline(options.ckpt, device, options.dtype, graph=True) if options.ckpt else None
+    model, nfe = None, None
+    if options.ckpt:
+        model = open_pipeline(options.ckpt, device, options.dtype, graph=True)
+        nfe = model.nfe(**options.given())
     name, keep, provenance = pick_features(options, model), "kid" in metrics or "pr" in metrics, None
     source = options.ref or options.data or model.config.data
     if name == "inception":
@@ -371,7 +374,7 @@ def evaluate(options):
         result["resize"] = RESIZE
     if model:
         result |= {"seeds": [seeds[0], seeds[-1]], "ckpt": str(options.ckpt), "dtype": str(model.dtype)[6:],
-                   "device": str(device), "NFE": model.nfe(**options.given()),
+                   "device": str(device), "NFE": nfe,
                    "sampler": model.config.sampler(**options.given())}
     return result
 

@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import load_model
-from config import read_flags, setting
+from config import UserError, read_flags, setting
 from data import image_grid, noise_like_seed
 from engine import pick_device, run
 from experiments.peers import heun
@@ -111,7 +111,7 @@ def print_table(options):
     device = pick_device(options.device)
     net, config, names = load_model(options.ckpt, device)
     if config.transport != "linear":
-        raise ValueError(f"{options.ckpt} is on transport {config.transport}: give a model on linear")
+        raise UserError(f"{options.ckpt} is on transport {config.transport}: give a model on linear")
     y = torch.arange(options.num, device=device) % max(1, len(names))
     z = noise_like_seed(range(options.num), (net.in_channels, net.input_size, net.input_size)).to(device)
     exact, columns = {}, [int(n) for n in options.columns]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import read_flags, setting
+from config import UserError, read_flags, setting
 from data import image_grid
 from engine import pick_device, run
 from sample import generate, open_pipeline
@@ -33,7 +33,7 @@ class Options:
 
 def main(options):
     if not options.few or not options.many:
-        raise ValueError("which models? give --few and --many, such as runs/shapes32-few and runs/shapes32")
+        raise UserError("which models? give --few and --many, such as runs/shapes32-few and runs/shapes32")
     seeds, blocks = range(options.columns * options.rows), []
     one, few, many = options.one or options.few, options.few, options.many
     for path, steps in ((one, 1), (few, 2), (few, 4), (many, 40)):

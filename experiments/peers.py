@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import number_or_word, read_flags, setting
+from config import UserError, number_or_word, read_flags, setting
 from data import noise_like_seed, open_dataset, to_uint8
 from engine import autocast, pick_device, run
 from extras.effnet import WithEffNet
@@ -243,10 +243,10 @@ def meanflow(model, options):
 def main(task, options):
     tasks = {"curves": curves, "meanflow": meanflow}
     if task not in tasks or not options.ckpt:
-        raise ValueError("expected curves --ckpt RUN or meanflow --ckpt RUN")
+        raise UserError("expected curves --ckpt RUN or meanflow --ckpt RUN")
     model = open_pipeline(options.ckpt, pick_device("cpu"))
     if model.config.transport != "linear":
-        raise ValueError(f"the peers are for transport linear; {options.ckpt} has {model.config.transport}")
+        raise UserError(f"the peers are for transport linear; {options.ckpt} has {model.config.transport}")
     tasks[task](model, options)
 
 

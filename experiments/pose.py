@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import shapes
-from config import read_flags, setting
+from config import UserError, read_flags, setting
 from data import to_uint8
 from engine import pick_device, run
 from features import SmallFeatures
@@ -120,7 +120,7 @@ def main(options):
         price(options.num or 16000)
         return
     if not options.ckpt:
-        raise ValueError("which model? give --ckpt, such as --ckpt runs/shapes32")
+        raise UserError("which model? give --ckpt, such as --ckpt runs/shapes32")
     model, reader = open_pipeline(options.ckpt, pick_device("cpu")), train_reader(options.train_steps)
     x, y, _ = draws(5, np.arange(options.num or 1000))
     z, before = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), reader(x)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import read_flags, setting
+from config import UserError, read_flags, setting
 from engine import run
 
 TICKS = (4, 8, 10, 20, 40, 80)
@@ -29,7 +29,7 @@ def read(paths):
         try:
             texts = Path(path).read_text().splitlines()
         except OSError as error:
-            raise ValueError(f"no scores at {path} ({error.strerror}); expected lines of fid.py") from error
+            raise UserError(f"no scores at {path} ({error.strerror}); expected lines of fid.py") from error
         for line in map(json.loads, texts):
             own, *other = [key for key in line if key.startswith("FD-")]
             method = line.get("method") or re.sub(r"-\d+$", "", Path(line["ckpt"]).name)
@@ -91,7 +91,7 @@ def plot(lines, path):
 
 def main(paths, options):
     if not paths:
-        raise ValueError("which lines? give files, such as experiments/results/*.jsonl")
+        raise UserError("which lines? give files, such as experiments/results/*.jsonl")
     lines = read(paths)
     for data in dict.fromkeys(line["data"] for line in lines):
         of_data = [line for line in lines if line["data"] == data]
