@@ -46,8 +46,8 @@ def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1, kappa=
     (a, b, c), (gap0, gap1) = schedule, gap
     if steps < 1 or order not in (1, 2) or min(gap) < 0 or sum(gap) >= 1 or min(schedule) <= 0:
         raise ValueError(f"found steps {steps}, order {order}, gap {gap}, schedule {schedule}; expected "
-                         "steps of at least 1, order 1 or 2, gap two numbers >= 0 that add to less than 1, and "
-                         "schedule three positive ones")
+                         "steps of at least 1, order 1 or 2, gap two numbers >= 0 that add to less than 1, "
+                         "and schedule three positive ones")
     n, warp = steps if order == 1 else (steps + 1) // 2, lambda u: (1 - (1 - u**a) ** b) ** c
     if kappa == "auto":
         t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
