@@ -40,6 +40,7 @@ import os
 import shutil
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ def open_pipeline(path, device, dtype="auto", recipe="", vae="", graph=False):
     """The Pipeline of a model, from anything --ckpt accepts. graph: on a GPU its network becomes one CUDA
     graph, for many calls without gradient, unless it was trained with --no-compile."""
     net, config, names = load_model(path, device, recipe)
-    if graph and device.type == "cuda" and config.compile is not False:
+    if graph and device.type == "cuda" and config.compile is not False and find_spec("extras"):
         from extras.cudagraph import Graphed
         net.forward = Graphed(net.forward)
     vae, decode = vae or config.vae, None

@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -273,7 +274,7 @@ def main(config):                                                               
         optimizer_step(optimizer, norm.isfinite())
         return norm
 
-    if compiled and on_gpu and not config.fsdp and world * accumulate == 1:
+    if compiled and on_gpu and not config.fsdp and world * accumulate == 1 and find_spec("extras"):
         from extras.cudagraph import Graphed                    # the same step in a single launch
         train_step = Graphed(train_step, lambda: can_capture(optimizer))
     batches = open_batches(data, config, accumulate, start_step, device)
