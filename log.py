@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from checkpoint import find_states
 from config import Config, UserError, text_of
 from data import image_grid
 from engine import atomic_write, claim_folder, ignore_disk_errors, print0, rank_and_world, sum_over_ranks
@@ -36,6 +37,8 @@ class Log:
         if not self.writes:
             return
         self.lock, self.path = claim_folder(out), Path(out) / "log.jsonl"
+        if any(int(path.name[6:].split(".")[0]) > start_step for path in find_states(out)):
+            raise UserError(f"another process has just saved a later step in {out}: run the command again")
         kept = [line for line in read_log(out) if line.get("step", 0) <= start_step]    # the rest is repeated
         with ignore_disk_errors(self.path, tell, None):
             text = "".join(json.dumps(line) + "\n" for line in kept)

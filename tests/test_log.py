@@ -149,3 +149,15 @@ def test_a_system_without_unix_signals_and_resource(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", resource)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert log["peak_memory"](torch.device("cpu")) == 3
+
+
+def test_a_state_that_appears_before_the_lock_is_not_lost(tmp_path):
+    """A run is started while its predecessor is still saving: it must not start over and cut the log."""
+    log = Log(tmp_path, Config(), 0, print)
+    log.write({"step": 7, "loss": 0.5})
+    (tmp_path / f"state_00000007.{'0' * 16}.safetensors").write_bytes(b"")
+    log.close()
+    with pytest.raises(ValueError, match="run the command again"):
+        Log(tmp_path, Config(), 0, print)
+    assert '"step": 7' in (tmp_path / "log.jsonl").read_text()
+    Log(tmp_path, Config(), 7, print).close()
