@@ -181,7 +181,7 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("sample.py", "--ckpt foreign.safetensors", "x_embedder.proj.weight"),
     ("sample.py", "--ckpt list.pt", "list"),
     ("sample.py", "--classes 10", "0..9"),
-    ("sample.py", "--classes boot", "Ankle boot"),
+    ("sample.py", "--classes thumb", "thumbs"),
     ("sample.py", "--seeds 5-x", "5-x"),
     ("sample.py", "--num 0", "num"),
     ("sample.py", "--out image.txt", "image.txt"),
