@@ -40,7 +40,7 @@ def train(net, objective, steps, lr, decay, teacher=None):
     return ema
 
 
-def main(steps=2000, tune_steps=300, out="minimal.png"):
+def main(steps=1400, tune_steps=200, out="minimal.png"):
     torch.manual_seed(0)
     net = DiT(input_size=24, patch_size=8, in_channels=3, hidden_size=128, depth=4, num_heads=4,
               num_classes=8, x_pred=True, **FAMILIES["TiT"])        # 9 tokens; the layers predict the data
