@@ -175,7 +175,8 @@ def table(lines, columns):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("problem", help='"mixture", or a model')
     parser.add_argument("--cfg", default="1", help="scales of guidance, for a model")
     parser.add_argument("--paths", default="linear,ddpm")
