@@ -9,11 +9,11 @@ several grids, and its best one counts: even in the path's own t with several en
 with rho 7, and the grid of kappa "auto", which itself has no other. A line is the median over seeds of the
 distance to a converged solution, in percent of its norm.
 """
-import argparse
 import functools
 import json
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -22,11 +22,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import load_model
+from config import UserError, read_flags, setting
 from data import noise_like_seed
+from engine import run
 from objective import TRANSPORTS
 from sampler import sample, tau_at, time_grid
 
 DOUBLE = torch.float64
+
+
+@dataclass
+class Options:
+    cfg: str = setting("1", "scales of guidance, for a model", "after the problem: mixture, or a model")
+    paths: str = setting("linear,ddpm", "transports")
+    calls: str = setting("3,4,5,6,8,10,15,20,40", "numbers of network calls")
+    dtype: str = setting("float32", "of the model", choices=("float32", "bfloat16"))
+    seeds: int = setting(64, "images", least=1)
+    out: str = setting("solvers.jsonl", "lines are added to this file")
 
 
 # ---- networks: v(u, tau), and where their path ends ----------------------------------------------------
@@ -174,20 +186,12 @@ def table(lines, columns):
         print(f"| nearest other / auto | {' | '.join(f'{gain:.2f}' for gain in gains)} |", flush=True)
 
 
-def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("problem", help='"mixture", or a model')
-    parser.add_argument("--cfg", default="1", help="scales of guidance, for a model")
-    parser.add_argument("--paths", default="linear,ddpm")
-    parser.add_argument("--calls", default="3,4,5,6,8,10,15,20,40")
-    parser.add_argument("--dtype", default="float32", help="of the model: float32 or bfloat16")
-    parser.add_argument("--seeds", type=int, default=64)
-    parser.add_argument("--out", default="solvers.jsonl", help="lines are added to this file")
-    options = parser.parse_args()
+def main(problem, options):
+    if not problem:
+        raise UserError("which problem? give mixture, or a model such as runs/shapes")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    columns, model = [int(n) for n in options.calls.split(",")], options.problem
+    columns, model = [int(n) for n in options.calls.split(",")], problem
     for scale in map(float, options.cfg.split(",")):
         if model == "mixture":
             problem, converged, (v, z, end) = model, 800, mixture(options.seeds)
@@ -202,4 +206,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    problem, *flags = sys.argv[1:] or [""]
+    if problem.startswith("-"):
+        problem, flags = "", sys.argv[1:]
+    run(lambda: main(problem, Options(**read_flags(Options, flags, __doc__))))

@@ -10,7 +10,6 @@ and seed, so the same package versions give the same bytes. To resume, run the s
 
 All ten styles are CC0 1.0 (public domain). Open Peeps is by Pablo Stanley, the others are by DiceBear.
 """
-import argparse
 import functools
 import io
 import json
@@ -19,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -27,12 +27,23 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from config import UserError, read_flags, setting
+from engine import atomic_write, run
+
 PACKAGES = ("dicebear-core", "dicebear-styles", "resvg-py")
 STYLES = ("critters", "voxel-art", "planets", "open-peeps", "sprouts",
           "pixel-art", "moods", "voxel-bot", "landscape", "thumbs")
 PASTEL = {"backgroundColor": ["b6e3f4", "c0aede", "d1d4f9", "ffd5dc", "ffdfbf", "c7ecd0"]}
 ON_PASTEL = ("open-peeps", "sprouts", "pixel-art")      # the other styles keep their own backgrounds
 BLOCK = 100                                             # pictures rendered and saved as one part
+
+
+@dataclass
+class Options:
+    count: int = setting(5000, "pictures of each style", "after OUT.npz, the file to write", least=1)
+    size: int = setting(64, "side in pixels", least=1)
+    test: bool = setting(False, "use seeds that no training file has")
+    workers: int = setting(os.cpu_count(), "processes", least=1)
 
 
 @functools.cache
@@ -52,18 +63,17 @@ def render(style, seed, size):
     return ((x.reshape(size, 2, size, 2, 3).sum((1, 3)) + 2) // 4).astype(np.uint8)     # (S, S, 3)
 
 
-def write(path, save, **arrays):
-    """Write a file that is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        save(file, **arrays)
-    os.replace(temporary, path)
+def write_arrays(path, save, **arrays):
+    def write(temporary):
+        with open(temporary, "wb") as file:     # given a name, numpy would append its own ending
+            save(file, **arrays)
+    atomic_write(path, write)
 
 
 def render_block(job):
     path, style, seeds, size = job
     if not path.is_file():
-        write(path, np.save, arr=np.stack([render(style, seed, size) for seed in seeds]))
+        write_arrays(path, np.save, arr=np.stack([render(style, seed, size) for seed in seeds]))
     return len(seeds)
 
 
@@ -77,28 +87,23 @@ def make_file(out, count, size, test, workers):
           tqdm(total=len(STYLES) * count, unit="picture") as bar):
         for done in pool.imap_unordered(render_block, jobs):
             bar.update(done)
-    write(Path(out), np.savez_compressed, x=np.concatenate([np.load(path) for path, *_ in jobs]),
-          y=np.repeat(np.arange(len(STYLES)), count), names=np.array(STYLES))
+    write_arrays(out, np.savez_compressed, x=np.concatenate([np.load(path) for path, *_ in jobs]),
+                 y=np.repeat(np.arange(len(STYLES)), count), names=np.array(STYLES))
     shutil.rmtree(parts)
     print(f"{out}: {len(STYLES) * count} pictures of {', '.join(STYLES)}")
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m extras.avatars", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", metavar="OUT.npz", help="file to write")
-    parser.add_argument("--test", action="store_true", help="use seeds that no training file has")
-    for name, default, text in (("count", 5000, "pictures of each style"), ("size", 64, "side in pixels"),
-                                ("workers", os.cpu_count(), "processes")):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} [{default}]")
-    options = parser.parse_args(argv)
-    if not options.out.endswith(".npz") or min(options.count, options.size, options.workers) < 1:
-        parser.error("OUT must end in .npz, and numbers must be at least 1")
+    out, *flags = argv if argv and not argv[0].startswith("-") else ["", *argv]
+    options = Options(**read_flags(Options, flags, __doc__))
+    if not out.endswith(".npz"):
+        raise UserError(f"OUT must end in .npz, found {out!r}: python -m extras.avatars avatars64.npz")
     try:
-        make_file(**vars(options))
+        make_file(out, **vars(options))
     except ModuleNotFoundError as error:
-        parser.error(f"{error.name or 'a package'} is missing: pip install {' '.join(PACKAGES)}")
+        missing = error.name or "a package"
+        raise UserError(f"{missing} is missing: pip install {' '.join(PACKAGES)}") from error
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(lambda: main(sys.argv[1:]))

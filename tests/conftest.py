@@ -6,6 +6,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model  # noqa: E402
+from runs import TIT_NANO  # noqa: E402
+
 FAST = "not slow and not cuda"             # as in pyproject.toml
 torch.set_num_threads(1)        # the networks here are small: more threads only wait for one another
 
@@ -48,3 +51,11 @@ def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(net.state_dict(), path)
     return path
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty current folder, and the network of tests/old_run under the name TiT-nano/4."""
+    monkeypatch.setitem(model.MODELS, "TiT-nano/4", TIT_NANO)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

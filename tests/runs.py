@@ -39,6 +39,9 @@ def refused(*flags, capsys):
     return err
 
 
+train_nano, refused_nano = (partial(call, "--model", "TiT-nano/4") for call in (train, refused))
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import NANO, TIT_NANO, log_of
+from runs import NANO, log_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from toys import ROOT, SMALL, run, script_command
@@ -26,11 +26,7 @@ from recipes import RECIPES
 from sample import open_pipeline
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(model.MODELS, "TiT-nano/4", TIT_NANO)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture

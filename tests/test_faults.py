@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from runs import NANO, TIT_NANO, assert_same, log_of, reached
-from runs import refused as refused_flags
-from runs import train as train_flags
+from runs import NANO, assert_same, log_of, reached
+from runs import refused_nano as refused
+from runs import train_nano as train
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from toys import run, states
@@ -22,7 +22,6 @@ from toys import run, states
 import checkpoint
 import data
 import engine
-import model as networks
 import optim
 from checkpoint import load_model, newest_state, read_state, read_weights
 from data import open_dataset
@@ -36,19 +35,7 @@ from log import read_log
 OLD = Path(__file__).parent / "old_run/many"
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setitem(networks.MODELS, "TiT-nano/4", TIT_NANO)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def train(*flags, capsys):
-    return train_flags("--model", "TiT-nano/4", *flags, capsys=capsys)
-
-
-def refused(*flags, capsys):
-    return refused_flags("--model", "TiT-nano/4", *flags, capsys=capsys)
+pytestmark = pytest.mark.usefixtures("home")
 
 
 # ---- files --------------------------------------------------------------------------------------------

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import NANO, RUNS, TIT_NANO, assert_same, log_of, reached
-from runs import train as train_flags
+from runs import NANO, RUNS, assert_same, log_of, reached
+from runs import train_nano as train
 from torch.testing import assert_close
 from toys import run, states
 
 import checkpoint
 import data
-import model
 from checkpoint import load_model
 from config import Config
 from objective import Objective
@@ -23,15 +22,7 @@ from train import CHUNK, chunks_of, draw, sample_indices, split_batch
 OLD_RUN = Path(__file__).resolve().parent / "old_run"
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setitem(model.MODELS, "TiT-nano/4", TIT_NANO)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def train(*flags, capsys):
-    return train_flags("--model", "TiT-nano/4", *flags, capsys=capsys)
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def one_line(err, *words):

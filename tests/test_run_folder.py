@@ -11,31 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import TIT_NANO, assert_same
-from runs import refused as refused_flags
-from runs import train as train_flags
+from runs import assert_same
+from runs import refused_nano as refused
+from runs import train_nano as train
 from toys import ROOT, run, states
 
 import features
-import model
 from checkpoint import find_states
 from engine import claim_folder
 from data import open_dataset
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setitem(model.MODELS, "TiT-nano/4", TIT_NANO)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def train(*flags, capsys):
-    return train_flags("--model", "TiT-nano/4", *flags, capsys=capsys)
-
-
-def refused(*flags, capsys):
-    return refused_flags("--model", "TiT-nano/4", *flags, capsys=capsys)
+pytestmark = pytest.mark.usefixtures("home")
 
 
 # ---- what is ours -------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ pytest.importorskip("dicebear_styles")
 pytest.importorskip("resvg_py")
 
 from data import open_dataset
+from engine import run
 from extras import avatars
 
 
 def make(path, *flags):
-    avatars.main([str(path), "--count", "3", "--size", "16", "--workers", "1", *flags])
+    run(lambda: avatars.main([str(path), "--count", "3", "--size", "16", "--workers", "1", *flags]))
     return path.read_bytes()
 
 
