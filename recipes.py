@@ -29,9 +29,10 @@ def recipe(about, *parts, **more):
 
 
 RECIPES = {
-    "shapes":       recipe("many-step: 5 min, FD-shapes 3.2 @ 20",
+    "shapes":       recipe("many-step: 5 to 10 min, FD-shapes 3.2 @ 20",
                            SHAPES, MANY, MUON, zeta=0.4, lr=5e-3, kappa=0.7, steps=5000),
-    "shapes-few":   recipe("two steps: 35 s, 5.9 @ 2", SHAPES, FEW, steps=600, rho=1.0, gap=(0.001, 0.5)),
+    "shapes-few":   recipe("two steps: 35 to 90 s, 5.9 @ 2",
+                           SHAPES, FEW, steps=600, rho=1.0, gap=(0.001, 0.5)),
     "shapes32":     recipe("many-step: 46 min on one core, 1.6 @ 40",
                            SHAPES32, MANY, MUON, zeta=0.3, lr=5e-3, steps=15000),
     "shapes32-few": recipe("two steps: 2 min, 1.7 @ 2", SHAPES32, FEW32, steps=440),
