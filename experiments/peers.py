@@ -3,8 +3,8 @@
     python experiments/peers.py curves --ckpt runs/shapes32 --out curves.jsonl      # samplers
     python experiments/peers.py meanflow --ckpt runs/shapes32 --seconds 60          # MeanFlow, tuned from it
 
-The samplers are UCGM-S, Euler, Heun and DPM-Solver++(2M), each at several numbers of network calls. A line of
-the output has a score as fid.py reports it: FD-NAME, its floor, accuracy, N and NFE.
+The samplers are UCGM-S, Euler, Heun, DPM-Solver++(2M) and diffusers' UniPC, each at several numbers of
+network calls. A line of the output has a score as fid.py reports it: FD-NAME, its floor, accuracy, N and NFE.
 """
 import copy
 import json
@@ -45,7 +45,7 @@ class Options:
     effnet: bool = setting(False, "add FD-EffNet")
     nfe: str = setting("5,10,20,40,80", "network calls", "curves")
     kappas: str = setting("0,auto,0.2,0.5", "of UCGM-S")
-    others: bool = setting(True, "also Heun and DPM-Solver++(2M)")
+    others: bool = setting(True, "also Heun, DPM-Solver++(2M) and UniPC")
     seconds: float = setting(60.0, "of training, compilation not counted", "meanflow")
     lr: float = setting(1e-3, "learning rate (RAdam, as our few-step recipe)")
 
@@ -89,6 +89,13 @@ def dpm_solver_2m(net, z, y, transport, times):
         if before is not None:
             mean = x_hat + h / (log_snr[i] - log_snr[i - 1]) / 2 * (x_hat - before)
         x, before = alpha[i + 1] / alpha[i] * x - gamma[i + 1] * torch.expm1(-h) * mean, x_hat
+
+
+def unipc(net, z, y, times):
+    """UniPC of order 2 on the linear path, as diffusers has it."""
+    from solvers import of_diffusers
+    v = lambda u, tau: net(u.to(z.dtype), torch.full_like(u[:, 0, 0, 0], tau, dtype=z.dtype), y).double()
+    return of_diffusers("UniPCMultistepScheduler", 2, v, z.double(), times[:-1]).to(z.dtype)
 
 
 # ---- MeanFlow -----------------------------------------------------------------------------------------
@@ -228,6 +235,9 @@ def curves(model, options):
             score("Heun", nfe - 1 + nfe % 2, partial(heun, net, times=time_grid(nfe, gap=gap, order=2)))
             times = time_grid(nfe, gap=gap)
             score("DPM-Solver++(2M)", nfe, partial(dpm_solver_2m, net, transport="linear", times=times))
+            own = time_grid(nfe, gap=gap, kappa="auto")
+            for name, grid in (("UniPC", times), ("UniPC on the grid of kappa auto", own)):
+                score(name, nfe, partial(unipc, net, times=grid))
 
 
 def meanflow(model, options):

@@ -1,11 +1,16 @@
-"""The figure of the idea: one loss learns the direction of a path, or its end. It wants matplotlib.
+"""The two figures of the idea. They need matplotlib.
 
-    python experiments/plot.py              # assets/paths.png: a 2-D mixture, exact and learnt; three minutes
+    python experiments/plot.py              # assets/paths.png: one loss learns the direction of a path or its
+                                            # end; a mixture in the plane, three minutes
+    python experiments/plot.py straight     # assets/straight.png: every transport is the straight path, seen
+                                            # at another scale and by another clock
 """
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
@@ -13,8 +18,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import read_flags, setting
 from engine import run
-from objective import Objective
-from sampler import sample
+from objective import TRANSPORTS, Objective
+from sampler import sample, tau_at
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 CENTRES = torch.tensor([[1.2, 0.9], [-1.3, 0.7], [-0.3, -1.2], [0.9, -0.5]])
@@ -24,7 +32,7 @@ WIDTH = 0.12
 @dataclass
 class Options:
     train_steps: int = setting(4000, "of training, for each of the two networks")
-    out: str = setting(str(ASSETS / "paths.png"), "figure to write")
+    out: str = setting("", "figure to write; empty: into assets/")
 
 
 # ---- a mixture of Gaussians, where everything is known ------------------------------------------------
@@ -87,12 +95,9 @@ def travel(net, z, **settings):
     return torch.stack([*points, end])                                              # (steps + 1, B, 2)
 
 
-# ---- the figure ---------------------------------------------------------------------------------------
+# ---- the figures --------------------------------------------------------------------------------------
 
-def draw(ways, off, out):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def draw_paths(ways, off, out):
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.9), sharex=True, sharey=True)
     nearest = (CENTRES[None] - ways["exact"][-1][:, None]).norm(dim=-1).argmin(1)
     for panel, (name, way) in zip(axes, ways.items()):
@@ -109,18 +114,59 @@ def draw(ways, off, out):
     figure.savefig(out, dpi=110)
 
 
-def main(options):
+def straight(transport, taus, z):
+    """The sampler's points on a transport: t (N,), x (N, B). Data on a line, with their exact denoiser."""
+    t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    times, points = np.interp(taus, tau_at(transport, t), t), []
+
+    def exact_net(x, net_time, y):
+        t = torch.full((len(x),), times[len(points)], dtype=x.dtype)
+        points.append(x[:, 0])
+        alpha, gamma, alpha_hat, gamma_hat = transport.at(t, x)                         # (B, 1)
+        tau, u = alpha / (alpha + gamma), x / (alpha + gamma)
+        spread, off = tau**2 + ((1 - tau) * WIDTH) ** 2, u - (1 - tau) * CENTRES[:3, 0]     # (B, 1), (B, 3)
+        likely = (-off.square() / spread / 2).softmax(1)
+        x_hat = (likely * (CENTRES[:3, 0] + (1 - tau) * WIDTH**2 / spread * off)).sum(1, keepdim=True)
+        return transport.sign * (alpha_hat * (x - gamma * x_hat) / alpha + gamma_hat * x_hat)
+    x = z[:, None] * (transport.alpha(torch.tensor(times[0])) + transport.gamma(torch.tensor(times[0])))
+    sample(exact_net, x, torch.zeros(len(z)).long(), transport, times=times.tolist(), kappa="auto")
+    return torch.from_numpy(times), torch.stack(points)
+
+
+def main_straight(out):
+    """The paths that differ, and the one that they all are. Prints by how much any transport is off it."""
+    taus, z = np.linspace(0.985, 0.015, 40), torch.linspace(-2.2, 2.2, 14, dtype=torch.float64)
+    found = {name: straight(row, taus, z) for name, row in TRANSPORTS.items()}
+    of_u = {name: x / (row.alpha(t) + row.gamma(t))[:, None]
+            for (name, row), (t, x) in zip(TRANSPORTS.items(), found.values())}
+    off = max((u - of_u["linear"]).abs().max().item() for u in of_u.values())
+    print(f"{len(found)} transports, one path: at equal tau their u differ by at most {off:.0e}")
+    figure, panels = plt.subplots(1, 6, figsize=(14, 3.2), width_ratios=[1] * 5 + [1.7])
+    kind = (of_u["linear"][-1][:, None] - CENTRES[:3, 0]).abs().argmin(1)
+    lines = {name: found[name] for name in ("linear", "trigflow", "edm", "random", "ddpm")}
+    lines["all nine: u against tau"] = torch.from_numpy(taus), of_u["linear"]
+    for panel, (name, (t, x)) in zip(panels, lines.items()):
+        for k in range(len(z)):
+            panel.plot(t, x[:, k], color=f"C{kind[k]}", linewidth=1, marker="." if "tau" in name else "",
+                       markersize=3)
+        panel.set_title(name if "tau" in name else f"{name}: x against t", fontsize=10)
+        panel.set(xticks=[0, 1], yticks=[], xlim=(1.02, -0.02))
+    figure.subplots_adjust(0.01, 0.09, 0.99, 0.9, 0.08)
+    figure.savefig(out, dpi=110)
+
+
+def main_paths(out, train_steps):
     """Two networks on one mixture: lam 0 learns the direction at every point, lam 1 where the path ends."""
     torch.manual_seed(0)
     # In two dimensions the root of the square finds a median, and the flow is a mean. A large c makes it the
     # square.
     common = dict(huber=5.0, time_weight="none", label_drop=0.0)
-    many = fit(Objective("linear", **common), Small(), options.train_steps)
+    many = fit(Objective("linear", **common), Small(), train_steps)
     few = Small()
     few.load_state_dict(many.state_dict())
     tuning = Objective("linear", lam=1.0, zeta=1.0, style="fc-vs-xz", enhance_range=(0.0, 1.0),
                        derivative="jvp", **common)
-    few = fit(tuning, few, options.train_steps, many)
+    few = fit(tuning, few, train_steps, many)
 
     z = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1))
     ways = {"exact": travel(exact, z, steps=400, gap=(0.0, 0.001)),
@@ -131,10 +177,16 @@ def main(options):
            for name, way in ways.items() if name != "exact"}
     distances = ", ".join(f"{name}: {value:.3f}" for name, value in off.items())
     print(f"{distances} (median distance from the exact end)")
-    draw(ways, off, options.out)
-    print(f"look at {options.out}")
+    draw_paths(ways, off, out)
+
+
+def main(name, options):
+    out = options.out or str(ASSETS / f"{name}.png")
+    main_straight(out) if name == "straight" else main_paths(out, options.train_steps)
+    print(f"look at {out}")
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "paths"]      # the figure's name may be given, too
-    run(lambda: main(Options(**read_flags(Options, words, __doc__))))
+    names = [word for word in sys.argv[1:] if word in ("paths", "straight")]
+    words = [word for word in sys.argv[1:] if word not in names]
+    run(lambda: main(*names or ["paths"], Options(**read_flags(Options, words, __doc__))))

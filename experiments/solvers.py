@@ -26,7 +26,7 @@ from config import UserError, read_flags, setting
 from data import noise_like_seed
 from engine import run
 from objective import TRANSPORTS
-from sampler import sample, tau_at, time_grid
+from sampler import integral, sample, tau_at, time_grid
 
 DOUBLE = torch.float64
 
@@ -36,7 +36,7 @@ class Options:
     cfg: str = setting("1", "scales of guidance, for a model", "after the problem: mixture, or a model")
     paths: str = setting("linear,ddpm", "transports")
     calls: str = setting("3,4,5,6,8,10,15,20,40", "numbers of network calls")
-    dtype: str = setting("float32", "of the model", choices=("float32", "bfloat16"))
+    dtype: str = setting("float32", "of the model", choices=("float32", "bfloat16", "float16"))
     seeds: int = setting(64, "images", least=1)
     out: str = setting("solvers.jsonl", "lines are added to this file")
 
@@ -61,13 +61,14 @@ def mixture(seeds):
 def trained(path, seeds, scale, dtype):
     """The same of a model; scale: of guidance. A model with x_pred is a velocity only above tau = .05."""
     net, config, names = load_model(path)
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
     z = noise_like_seed(range(seeds), (net.in_channels, net.input_size, net.input_size)).double()
     y = torch.arange(seeds) % len(names)
 
     @torch.no_grad()
     def v(u, tau):
         u, t = u.float(), torch.full((len(u),), tau)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast("cpu", half, enabled=half is not None):
             if scale == 1:
                 return net(u, t, y).double()
             both = torch.cat([y, torch.full_like(y, net.num_classes)])
@@ -90,6 +91,15 @@ def old_auto(v, u, taus):
         r = (after - now) / (now - taus[i - 1]) if i else 0
         kappa, v_i = 0 if after == 0 else r / 2 if i == 1 else r * r / (1 + 2 * r), v(u, now)
         u, previous = u + (after - now) * (v_i + kappa * (v_i - previous)), v_i
+    return u
+
+
+def predictor(v, u, taus):
+    """kappa "auto" without its corrector: the same grid and weights, of second order."""
+    calls = []
+    for now, after in zip(taus, [*taus[1:], 0.0]):
+        calls = [*calls[-1:], (now, u, v(u, now))]
+        u = u + integral(calls if after else calls[-1:], now, after)
     return u
 
 
@@ -128,6 +138,7 @@ def of_diffusers(name, order, v, u, taus):
 
 PEERS = {"Euler, DDIM": functools.partial(ours, kappa=0.0), "Heun": heun, "iPNDM": ipndm,
          "old auto": old_auto}
+OURS = {"predictor alone": predictor, "auto": ours}             # on the grid of kappa "auto" only
 for name, orders in (("DPMSolverMultistep", (2,)), ("UniPCMultistep", (2, 3)), ("DEISMultistep", (2, 3))):
     PEERS |= {f"{name.removesuffix('Multistep')}-{n}": functools.partial(of_diffusers, f"{name}Scheduler", n)
               for n in orders}
@@ -162,9 +173,9 @@ def measure(problem, path, v, z, end, converged, columns):
         off = (method(v, z, taus) - cache[start]).flatten(1).norm(dim=1)
         return (100 * (off / cache[start].flatten(1).norm(dim=1)).median()).item()
     for n in columns:
-        for name, method in [*PEERS.items(), ("auto", ours)]:
+        for name, method in (PEERS | OURS).items():
             several = grids(path, (n + 1) // 2 if name == "Heun" else n, end)
-            if name == "auto":
+            if name in OURS:
                 several = {"kappa auto": several["kappa auto"]}
             found = {grid: distance(method, taus, n) for grid, taus in several.items()}
             best = min((value, grid) for grid, value in found.items() if value == value)
@@ -180,7 +191,7 @@ def table(lines, columns):
                  if (line["problem"], line["path"]) == (problem, path)}
         print(f"\n{problem}, {path}\n| sampler | {' | '.join(map(str, columns))} |")
         print(f"|---|{'---|' * len(columns)}")
-        for name in [*PEERS, "auto"]:
+        for name in PEERS | OURS:
             print(f"| {name} | {' | '.join(f'{cells[name, n]:.3g}' for n in columns)} |")
         gains = [min(cells[name, n] for name in PEERS) / cells["auto", n] for n in columns]
         print(f"| nearest other / auto | {' | '.join(f'{gain:.2f}' for gain in gains)} |", flush=True)

@@ -65,8 +65,9 @@ def test_report_makes_the_cells_of_results_md():
 @pytest.mark.parametrize("command", [
     f"grids.py --few {MODEL} --many {MODEL} --columns 2 --rows 1 --out OUT/page.png",
     "plot.py --train_steps 2 --out OUT/page.png",
+    "plot.py straight --out OUT/page.png",
     "report.py experiments/results/curves-0.jsonl --out OUT",
-], ids=["grids", "plot", "report"])
+], ids=["grids", "plot", "straight", "report"])
 def test_a_figure_is_drawn(command, tmp_path):
     if "grids" not in command:
         pytest.importorskip("matplotlib")
