@@ -41,13 +41,11 @@ def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1, kappa=
     the tau of gap[1] or above 1 / N. With few calls a later one is wasted; the straight step that is left
     keeps the third order.
     """
-    if not (isinstance(gap, (tuple, list)) and isinstance(schedule, (tuple, list))):
-        raise ValueError(f"gap {gap} must be two numbers and schedule {schedule} three, such as (.001, .5)")
+    if (np.shape(gap) != (2,) or np.shape(schedule) != (3,) or steps < 1 or order not in (1, 2)
+            or min(gap) < 0 or sum(gap) >= 1 or min(schedule) <= 0):
+        raise ValueError(f"steps {steps} must be >= 1, order {order} 1 or 2, schedule {schedule} three numbers "
+                         f"> 0, gap {gap} two numbers >= 0 that add to less than 1, such as (.001, .5)")
     (a, b, c), (gap0, gap1) = schedule, gap
-    if steps < 1 or order not in (1, 2) or min(gap) < 0 or sum(gap) >= 1 or min(schedule) <= 0:
-        raise ValueError(f"found steps {steps}, order {order}, gap {gap}, schedule {schedule}; expected "
-                         "steps of at least 1, order 1 or 2, gap two numbers >= 0 that add to less than 1, "
-                         "and schedule three positive ones")
     n, warp = steps if order == 1 else (steps + 1) // 2, lambda u: (1 - (1 - u**a) ** b) ** c
     if kappa == "auto":
         t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
@@ -155,16 +153,16 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
     t = torch.tensor(times, dtype=x.dtype)                                   # (N + 1,), on the CPU
     last, calls = len(times) - 2, []
 
-    def guided(x, t, y):                    # one call of twice the batch
-        both = torch.cat([y, torch.full_like(y, null)])
-        F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return F_null + cfg_scale * (F_y - F_null)
-
     def denoise(x, i):
-        ask = guided if is_guided(transport, times[i], cfg_scale, cfg_interval) else net
-        in_dtype = lambda x, t, y: ask(x.to(z.dtype), t.to(z.dtype), y)
+        def ask(x, t, y):
+            x, t = x.to(z.dtype), t.to(z.dtype)
+            if not is_guided(transport, times[i], cfg_scale, cfg_interval):
+                return net(x, t, y)
+            both = torch.cat([y, torch.full_like(y, null)])          # one call of twice the batch
+            F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+            return F_null + cfg_scale * (F_y - F_null)
         t_i = torch.full((len(x),), times[i], dtype=x.dtype, device=x.device)    # (B,), not a copy: no wait
-        return predict(in_dtype, transport, x, t_i, y)[1:]
+        return predict(ask, transport, x, t_i, y)[1:]
 
     for i in range(last + 1):
         predicted = denoise(x, i)
@@ -185,8 +183,8 @@ def check_sampler(transport, times, kappa, rho, order, cfg_scale, null):
     """ValueError if these exclude each other. times as from time_grid; null: the null class or None."""
     if len(times) < 2 or times[0] > 1 or any(now <= after for now, after in zip(times, times[1:])):
         raise ValueError(f"times must fall from at most 1 towards 0, found {times[:-1]}")
-    rho_is_known = rho == "sde" or not isinstance(rho, str) and 0 <= rho <= 1
-    if isinstance(kappa, str) and kappa != "auto" or not rho_is_known:
+    is_word = isinstance(kappa, str) and kappa != "auto" or isinstance(rho, str) and rho != "sde"
+    if is_word or rho != "sde" and not 0 <= rho <= 1:
         raise ValueError(f"kappa {kappa!r} must be a number or auto, rho {rho!r} a number in 0..1 or sde")
     if kappa == "auto" and (rho != 0 or order == 2):
         raise ValueError(f"kappa auto needs rho 0 and order 1, found {rho} and {order}: give a number for it")
