@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import logging
 import math
 import os
 import re
@@ -137,6 +138,20 @@ def keep_freed_memory():
             ctypes.CDLL(None).mallopt(-3, 2**25)        # M_MMAP_THRESHOLD: keep blocks of up to 32 MiB
 
 
+def spare_threads():
+    """The number of cores that other programs leave idle, at least 1, measured for a fifth of a second; 0 if
+    that is no fewer than the threads torch would use, or the environment sets them, or the system is not
+    Linux. A thread that shares its core slows all the others down."""
+    if "OMP_NUM_THREADS" in os.environ or not os.path.exists("/proc/stat"):
+        return 0
+    ticks = lambda: [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    before = ticks()
+    time.sleep(0.2)
+    spent = [after - n for n, after in zip(before, ticks())]  # 3: idle, 4: waiting for a disk
+    idle = max(1, round(os.cpu_count() * (spent[3] + spent[4]) / max(1, sum(spent))))
+    return idle if idle < torch.get_num_threads() else 0
+
+
 def pick_dtype(wanted, device):
     """The dtype of the matrix products. "auto": bfloat16 where it is faster, which on a CPU is measured. Not
     float16, whose gradients would need a scaled loss."""
@@ -187,6 +202,7 @@ def wrap(net, device, compiled, fsdp=False):
     if rank_and_world()[1] > 1 and not fsdp and any(p.requires_grad for p in net.parameters()):
         model = DistributedDataParallel(net, broadcast_buffers=False)
     if compiled and on_cpu:
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # it misses CUDA's runtime
         model = torch.compile(model)
     model.num_classes = net.num_classes     # the objective reads it; DDP and compile hide it
     return model

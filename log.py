@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -121,17 +122,13 @@ class LossByTime:
 
 # ---- the first and the last lines of a run -------------------------------------------------------------
 
-def describe(config, net, data, device, world, accumulate, compiled):
-    """The lines with which a run starts."""
-    millions, words = sum(p.numel() for p in net.parameters()) / 1e6, [str(device)]
+def describe(config, net, data, device, world, accumulate, compiled, wanted):
+    """The lines with which a run starts. wanted: the dtype asked for, or auto."""
+    millions, words = sum(p.numel() for p in net.parameters()) / 1e6, [str(device), config.dtype]
     if device.type == "cpu":
-        threads, load = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-        words.append(f"threads {threads}")
-        free = max(1, math.floor(os.cpu_count() - load + 0.5))
-        if load > 0.7 and free < threads:       # one thread that shares its core slows all of them down
-            words[-1] += (f" ({load:.1f} of {os.cpu_count()} cores are already busy: --threads {free} may be "
-                          "faster)")
-    words.append(config.dtype)
+        words.append(f"threads {torch.get_num_threads()} of {os.cpu_count()}")
+        if wanted == "auto" and config.dtype == "float32":
+            words[1] += " (this CPU has no fast bfloat16)"
     if compiled:
         words.append(f"the first step compiles: {'15 s' if device.type == 'cuda' else 'a minute'}")
     print0(f"{config.model}, {millions:.2f} M parameters, on {config.data} {'x'.join(map(str, data.shape))}; "
@@ -139,6 +136,22 @@ def describe(config, net, data, device, world, accumulate, compiled):
     plural = lambda count, noun: f"{count} {noun}" if count == 1 else f"{count} {noun}s"
     print0(f"batch {config.batch_size} = {world} {'process' if world == 1 else 'processes'} x "
            f"{plural(accumulate, 'accumulation step')} x {config.batch_size // world // accumulate} images")
+
+
+@contextlib.contextmanager
+def ticking(bar, on):
+    """Let a bar count the seconds while its first step compiles, until the function returned is called."""
+    done = threading.Event()
+
+    def tick():
+        while not done.wait(1):
+            bar.refresh()
+    if on and sys.stderr.isatty():
+        threading.Thread(target=tick, daemon=True).start()
+    try:
+        yield done.set
+    finally:
+        done.set()
 
 
 def next_commands(config):

@@ -43,8 +43,8 @@ def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1, kappa=
     """
     if (np.shape(gap) != (2,) or np.shape(schedule) != (3,) or steps < 1 or order not in (1, 2)
             or min(gap) < 0 or sum(gap) >= 1 or min(schedule) <= 0):
-        raise ValueError(f"steps {steps} must be >= 1, order {order} 1 or 2, schedule {schedule} three numbers "
-                         f"> 0, gap {gap} two numbers >= 0 that add to less than 1, such as (.001, .5)")
+        raise ValueError(f"steps {steps} must be >= 1, order {order} 1 or 2, schedule {schedule} three "
+                         f"numbers > 0, gap {gap} two >= 0 that add to less than 1, such as (.001, .5)")
     (a, b, c), (gap0, gap1) = schedule, gap
     n, warp = steps if order == 1 else (steps + 1) // 2, lambda u: (1 - (1 - u**a) ** b) ** c
     if kappa == "auto":

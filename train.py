@@ -32,8 +32,8 @@ from checkpoint import (build, load_model, newest_state, read_state, restore_sta
 from data import open_dataset, select_labels
 from engine import (Signals, atomic_write, autocast, can_compile, fix_order, from_rank0, gradient_sync,
                     ignore_disk_errors, init_distributed, leave_distributed, pick_device, pick_dtype, print0,
-                    rank_and_world, run, wrap)
-from log import (Log, LossByTime, describe, draw_curves, flops_per_image, last_words, preview,
+                    rank_and_world, run, spare_threads, wrap)
+from log import (Log, LossByTime, describe, draw_curves, flops_per_image, last_words, preview, ticking,
                  utilisation)
 from optim import (Skipped, can_capture, clip_gradient, finite_mean, learning_rate, make_optimizer,
                    optimizer_step, set_lr, update_ema)
@@ -218,8 +218,6 @@ def main(config):                                                               
     rank, world = rank_and_world()
     device, out = pick_device(config.device), Path(config.out)
     on_gpu = device.type == "cuda"
-    if config.threads:
-        torch.set_num_threads(config.threads)
     objective, accumulate = config.objective(), split_batch(config, world)
     control = init_distributed(device)
 
@@ -228,6 +226,9 @@ def main(config):                                                               
     data = open_data(config)
     held_out = [value.to(device) for value in data.hold_out(HELD_OUT)]
     previous, start_step, previous_names = read_state(state) if state else (None, 0, data.names)
+    config.threads = config.threads or (previous.threads if previous else spare_threads())
+    if config.threads:
+        torch.set_num_threads(config.threads)
     wanted = previous.dtype if previous and config.dtype == "auto" else config.dtype
     dtype = from_rank0(lambda: pick_dtype(wanted, device), control)
     config.dtype = str(dtype).removeprefix("torch.")
@@ -280,7 +281,7 @@ def main(config):                                                               
     batches = open_batches(data, config, accumulate, start_step, device)
     generator = torch.Generator("cpu" if device.type == "mps" else device)
 
-    describe(config, net, data, device, world, accumulate, compiled)
+    describe(config, net, data, device, world, accumulate, compiled, wanted)
     if state:
         print0(f"resumed from {state} at step {start_step} of {config.steps}")
     bar = tqdm(total=config.steps, initial=start_step, unit="step", disable=rank > 0, dynamic_ncols=True,
@@ -293,7 +294,7 @@ def main(config):                                                               
     pipeline = Pipeline(emas[config.ema[0]], config, data.names, device, dtype, decode)
     clock, clock_step, saved = time.perf_counter(), start_step, True
 
-    with Signals(control) as signals, bar:
+    with Signals(control) as signals, bar, ticking(bar, compiled) as stop_ticking:
         for step in range(start_step, config.steps + 1):        # one more, to evaluate and save the last
             stop, save_now = signals.agree()
             due, moved = step % config.save_every == 0 or step == config.steps, step > start_step
@@ -320,10 +321,14 @@ def main(config):                                                               
                 update_ema(teacher, net, TEACHER_EMA, step)
 
             if step == start_step and compiled:     # speed and remaining time are counted from the next step
+                stop_ticking()
                 bar.unpause()
                 log.tell(f"compiled in the first step: {time.perf_counter() - clock:.0f} s")
                 clock, clock_step = time.perf_counter(), step + 1
             bar.update()
+            if not on_gpu and step == start_step + 20:
+                minutes = (time.perf_counter() - clock) / (step + 1 - clock_step) * (config.steps - step) / 60
+                log.tell(f"about {max(1, round(minutes))} min to go")
             done = step + 1     # with AdamW the host waits for the device only here, to write a log line
             if done % config.log_every == 0 or done == config.steps:
                 line = {"step": done, "images": done * config.batch_size, **losses.take()}

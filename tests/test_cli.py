@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from toys import ROOT, SMALL, run, script_command
 
+import engine
 import extras.published as published
 import model
 import sample
@@ -304,16 +305,36 @@ def test_cublas_is_set_before_torch_is_loaded():
         assert done.stdout.split() == ["False", expected]
 
 
-def test_the_number_of_threads(home, capsys, monkeypatch):
-    """It is said, and where another program works, what would help: two threads would wait for each other."""
-    before, one_step = torch.get_num_threads(), ["--batch_size", 16, "--steps", 1, "--fresh"]
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="needs Linux")
+@pytest.mark.parametrize("idle, threads", [(0, 1), (0.3, 1), (1.6, 2), (2.7, 3), (3.4, 3), (3.6, 0), (4, 0)])
+def test_threads_are_as_many_as_cores_are_idle(idle, threads, monkeypatch):
+    """0: as many as torch would use. Of four cores, some are idle and some wait for a disk."""
+    stat = "cpu  {user} 0 0 {idle} {iowait} 0 0 0 0 0\ncpu0 9 9 9 9 9 9 9 9 9 9\n"
+    before, half = dict(user=0, idle=5, iowait=7), int(500 * idle)
+    texts = iter(stat.format(**before) if k == 0 else
+                 stat.format(user=4000 - 2 * half, idle=5 + half, iowait=7 + half) for k in range(2))
+    monkeypatch.setattr(Path, "read_text", lambda path: next(texts))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(engine.time, "sleep", lambda seconds: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert engine.spare_threads() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert engine.spare_threads() == 0
+
+
+def test_a_run_keeps_its_threads(home, capsys, monkeypatch):
+    """Chosen at its start, unless given, and kept on resume: another number gives other bits."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(engine, "spare_threads", lambda: 2)
     try:
-        monkeypatch.setattr(os, "cpu_count", lambda: 4)
-        for load, threads, warned in ((1.7, 3, True), (1.7, 2, False), (0.3, 4, False), (9.0, 1, False)):
-            monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
-            _, out, _ = run("train.py", *NANO, *one_step, "--threads", threads, capsys=capsys)
-            assert torch.get_num_threads() == threads and f"cpu, threads {threads}" in out
-            assert ("--threads 2" in out) == warned
+        _, out, _ = run("train.py", *NANO, "--steps", 1, capsys=capsys)
+        assert "threads 2 of" in out and torch.get_num_threads() == 2
+        monkeypatch.setattr(engine, "spare_threads", lambda: 3)
+        _, out, _ = run("train.py", *NANO, "--steps", 2, capsys=capsys)
+        assert "threads 2 of" in out
+        _, out, _ = run("train.py", *NANO, "--steps", 3, "--threads", 1, capsys=capsys)
+        assert "threads 1 of" in out
     finally:
         torch.set_num_threads(before)
 

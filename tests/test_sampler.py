@@ -238,7 +238,8 @@ def test_stochastic_sampling_by_default_uses_torchs_generator():
     (dict(kappa="auto", rho=1.0), "kappa"), (dict(kappa="auto", order=2), "kappa"), (dict(rho=2.0), "rho"),
     (dict(kappa="fast"), "auto"), (dict(gap=(0.6, 0.6)), "gap"), (dict(times=[0.5, 0.7]), "fall"),
     (dict(order=2, gap=(0.0, 0.001)), r"gap\[0\]"), (dict(cfg_scale=2.0), "null class"),
-    (dict(transport="epsilon-prediction", gap=(0.0, 0.001)), r"gap\[0\]"), (dict(steps=0), "steps 0 must be >= 1")])
+    (dict(transport="epsilon-prediction", gap=(0.0, 0.001)), r"gap\[0\]"),
+    (dict(steps=0), "steps 0 must be >= 1")])
 def test_bad_settings(bad, words):
     z, y = start()
     with pytest.raises(ValueError, match=words) as error:
@@ -247,8 +248,8 @@ def test_bad_settings(bad, words):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (dict(gap=0.5), "gap 0.5 two numbers"), (dict(gap=(0.1,)), r"gap \(0.1,\) two numbers"),
-    (dict(schedule=1.0), "schedule 1.0 three numbers"), (dict(schedule=(1, 1)), r"schedule \(1, 1\) three")])
+    (dict(gap=0.5), "gap 0.5 two >= 0"), (dict(gap=(0.1,)), r"gap \(0.1,\) two >= 0"),
+    (dict(schedule=1.0), "schedule 1.0 three"), (dict(schedule=(1, 1)), r"schedule \(1, 1\) three")])
 def test_a_gap_is_two_numbers_and_a_schedule_three(wrong, words):
     with pytest.raises(ValueError, match=words):
         time_grid(4, **wrong)
