@@ -4,7 +4,7 @@
     python experiments/speedrun.py --seed 1 --commands "train.py --steps 4000; train.py --recipe shapes-few"
 
 The rules:
-1. At two calls per image the score is FD-shapes 4 or less and 96 % or more are recognised, over 10,000 images.
+1. At two calls per image, FD-shapes is at most 4 and at least 96 % are recognised, over 10,000 images.
 2. The clock runs from the first command to the end of the last, compilation included, in an empty folder.
 3. Everything may change but shapes.py, features.py, fid.py and assets/; no weights from elsewhere.
 
@@ -19,12 +19,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import UserError, read_flags, setting
 from engine import run
 from log import commit
 
+ROOT = Path(__file__).resolve().parent.parent
 RECORD = "train.py --recipe shapes32 --steps 5000; train.py --recipe shapes32-few"
 LIMITS = {"FD-shapes": 4.0, "accuracy": 0.96}
 
@@ -38,7 +38,7 @@ class Options:
 
 
 def call(command, folder, **how):
-    """Run a script of this repository in a folder, where nothing has been compiled yet. Returns its output."""
+    """Run a script of this repository in a folder, where nothing is compiled yet. Returns its output."""
     script, *flags = command.split()
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=folder, env=environment, **how)
