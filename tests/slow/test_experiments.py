@@ -28,11 +28,13 @@ def test_help_shows_how_a_script_is_called_and_its_flags(script):
 
 @pytest.mark.parametrize("command, methods", [
     (f"peers.py curves --ckpt {MODEL} --num 64 --nfe 4 --kappas 0,auto --out OUT",
-     ["Euler", "UCGM-S kappa auto", "Heun", "DPM-Solver++(2M)"]),
+     ["Euler", "UCGM-S kappa auto", "Heun", "DPM-Solver++(2M)", "UniPC", "UniPC on the grid of kappa auto"]),
     (f"peers.py meanflow --ckpt {MODEL} --num 64 --seconds 0.1 --out OUT",
      ["MeanFlow"] * 3 + [f"MeanFlow, second call at {t}" for t in (0.3, 0.4, 0.7)]),
 ], ids=["curves", "meanflow"])
 def test_peers_write_a_finite_score_for_each_method(command, methods, tmp_path):
+    if "curves" in command:
+        pytest.importorskip("diffusers")
     out = tmp_path / "scores.jsonl"
     run(f"experiments/{command}".replace("OUT", str(out)), TORCHDYNAMO_DISABLE="1")     # compiling takes long
     lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -51,6 +53,19 @@ def test_a_table_has_its_rows(command, rows):
     if command.startswith("accelerate"):
         pytest.importorskip("diffusers")
     assert len(run(f"experiments/{command}").strip().splitlines()) == rows
+
+
+def test_a_speedrun_scores_the_last_model_and_keeps_its_rules(tmp_path):
+    """Two steps keep no limit. The line says what was run."""
+    out = tmp_path / "speedrun.jsonl"
+    command = "train.py --model TiT-XXS/8 --x_pred --steps 2 --batch_size 16 --no-compile"
+    flags = ["--num", "64", "--seed", "3", "--out", out, "--commands", f"{command}; {command} --out runs/b"]
+    shown = subprocess.run([sys.executable, "experiments/speedrun.py", *flags], cwd=ROOT, text=True,
+                           capture_output=True).stdout
+    line = json.loads(out.read_text())
+    assert "not within the limits" in shown and not line["kept"] and line["FD-shapes"] > 100
+    assert line["commands"] == [command, f"{command} --out runs/b"] and line["seed"] == 3
+    assert 0 < line["minutes"] < 5
 
 
 def test_report_makes_the_cells_of_results_md():
