@@ -1,7 +1,7 @@
 """How near to the exact end of the path each sampler comes, by the number of network calls.
 
     python experiments/solvers.py mixture --out experiments/results/solvers.jsonl
-    python experiments/solvers.py runs/shapes --cfg 1,1.5,4,7.5 --seeds 16      # a model of transport linear
+    python experiments/solvers.py runs/shapes --cfg 1,1.5,4,7.5         # a model, with guidance
 
 Every path is the straight path, so one network v(u, tau) serves all samplers, and a path is only a grid of
 tau. The schedulers of diffusers get exactly these sigmas, and the network exactly these times. Each runs on
@@ -25,7 +25,7 @@ from checkpoint import load_model
 from config import UserError, read_flags, setting
 from data import noise_like_seed
 from engine import run
-from objective import TRANSPORTS
+from objective import TRANSPORTS, predict, resolve
 from sampler import integral, sample, tau_at, time_grid
 
 DOUBLE = torch.float64
@@ -61,19 +61,26 @@ def mixture(seeds):
 def trained(path, seeds, scale, dtype):
     """The same of a model; scale: of guidance. A model with x_pred is a velocity only above tau = .05."""
     net, config, names = load_model(path)
+    transport, clock = resolve(config.transport), torch.linspace(0, 1, 100_001, dtype=DOUBLE)
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
     z = noise_like_seed(range(seeds), (net.in_channels, net.input_size, net.input_size)).double()
     y = torch.arange(seeds) % len(names)
 
-    @torch.no_grad()
-    def v(u, tau):
-        u, t = u.float(), torch.full((len(u),), tau)
+    def guided(x, t, y):
+        x, t = x.float(), t.float()
         with torch.autocast("cpu", half, enabled=half is not None):
             if scale == 1:
-                return net(u, t, y).double()
+                return net(x, t, y).double()
             both = torch.cat([y, torch.full_like(y, net.num_classes)])
-            F_y, F_null = net(torch.cat([u, u]), torch.cat([t, t]), both).double().chunk(2)
+            F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).double().chunk(2)
         return F_null + scale * (F_y - F_null)
+
+    @torch.no_grad()
+    def v(u, tau):
+        t = torch.full((len(u),), np.interp(tau, tau_at(transport, clock), clock), dtype=DOUBLE)
+        s = (transport.alpha(t) + transport.gamma(t))[0].item()
+        _, x_hat, z_hat = predict(guided, transport, s * u, t, y)
+        return z_hat - x_hat
     return v, z, 0.05 if config.x_pred else 1e-3
 
 
