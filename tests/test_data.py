@@ -12,7 +12,7 @@ import torchvision.datasets as sets
 from PIL import Image
 from torch.testing import assert_close
 
-from data import image_grid, open_dataset, to_uint8
+from data import image_grid, open_dataset, to_uint8, uint8_reader
 from images import read_square
 from shapes import SHAPES, Shapes, derive_seed, uniforms
 
@@ -157,6 +157,24 @@ def test_images_of_every_kind_become_rgb(tmp_path, mode, size, value):
         assert (read_square(path, 256) == np.round(ramp / 257)).all()
 
 
+def assert_is_the_set(data, pixels, labels, mirror=False):
+    """Two epochs of a stream are these images (N, C, S, S) with these labels, pixel by pixel, each once per
+    epoch, about half of them mirrored if `mirror`, else none."""
+    count, flips = len(pixels), 0
+    for epoch in range(2):
+        x, y = data[epoch * count + np.arange(count)]
+        shown, seen = to_uint8(x).numpy(), set()
+        for image, label in zip(shown, y.tolist()):
+            same = [(k, flip) for k in range(count) for flip in (False, True)
+                    if np.array_equal(pixels[k][..., ::-1] if flip else pixels[k], image)]
+            (k, flip), = same
+            assert labels[k] == label
+            seen.add(k)
+            flips += flip
+        assert seen == set(range(count))
+    assert (0.3 * count < flips < 1.7 * count) if mirror else flips == 0
+
+
 def stand_in_mnist(root, name="MNIST"):
     """The four files of MNIST or Fashion-MNIST in their real format (idx, gzip), as torchvision has them."""
     folder = root / name / "raw"
@@ -182,8 +200,8 @@ def test_mnist_and_fashion_in_their_own_format(tmp_path, name, folder, first):
         assert data.shape == (1, 28, 28) and len(data) == count and data.names[0] == first
         assert torch.bincount(y).tolist() == [count // 10] * 10
         pixels = (tmp_path / folder / f"raw/{split}-images-idx3-ubyte").read_bytes()[16:]
-        pixels = np.sort(np.frombuffer(pixels, np.uint8))
-        assert np.array_equal(np.sort(to_uint8(x).numpy().ravel()), pixels)
+        pixels = np.frombuffer(pixels, np.uint8).reshape(count, 1, 28, 28)
+        assert_is_the_set(data, pixels, np.arange(count) % 10)
 
 
 def test_cifar10_in_its_own_format(tmp_path, monkeypatch):
@@ -205,9 +223,11 @@ def test_cifar10_in_its_own_format(tmp_path, monkeypatch):
     meta = {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]}
     monkeypatch.setattr(sets.CIFAR10, "meta", meta)
     data = open_dataset(f"cifar10:{tmp_path}")
-    _, y = data[np.arange(100)]
     assert data.shape == (3, 32, 32) and len(data) == 100 and data.names == names
-    assert torch.bincount(y).tolist() == [10] * 10
+    stored = [pickle.loads((folder / batch).read_bytes()) for batch in batches]  # planes R, G, B
+    pixels = np.concatenate([batch["data"] for batch in stored]).reshape(100, 3, 32, 32)
+    assert_is_the_set(data, pixels, np.arange(100) % 10, mirror=True)
+    assert len(open_dataset(f"cifar10:{tmp_path}", test=True)) == 20
 
 
 # ---- bad ones -----------------------------------------------------------------------------------------
@@ -237,7 +257,37 @@ def test_bad_sources_are_one_line(tmp_path, monkeypatch, name, words):
     assert "\n" not in str(error.value)
 
 
-def test_image_grid():
-    page = image_grid(torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 1, 16, 16), columns=3, side=32)
-    assert page.size == (3 * 36 - 4, 2 * 36 - 4)
-    assert page.getpixel((0, 0)) == (0, 0, 0) and page.getpixel((40, 40)) == (255, 255, 255)
+def test_the_pixels_of_a_page():
+    """Image k in row k // 3 and column k % 3, each pixel magnified to 2x2, four white pixels between them."""
+    x = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    page = np.asarray(image_grid(x, columns=3, side=47))
+    assert page.shape == (2 * 36 - 4, 3 * 36 - 4, 3)
+    expected = np.full_like(page, 255)
+    for k, image in enumerate(to_uint8(x).numpy()):
+        top, left = k // 3 * 36, k % 3 * 36
+        expected[top:top + 32, left:left + 32] = image.transpose(1, 2, 0).repeat(2, 0).repeat(2, 1)
+    assert np.array_equal(page, expected)
+    titled = np.asarray(image_grid(x, columns=3, side=47, titles=["a", "b", "c"]))
+    assert np.array_equal(titled[18:], expected) and (titled[:18] < 255).any()
+    grey = np.asarray(image_grid(x[:, :1], columns=3, side=16))
+    assert np.array_equal(grey[:16, :16], to_uint8(x)[0, 0, ..., None].expand(16, 16, 3))
+
+
+def test_the_bytes_of_a_value():
+    """FID's rounding: clamp(127.5 x + 128), rounded down; and the way back hits the same byte."""
+    x = torch.tensor([-1.1, -1.0, -0.9961, -0.004, 0.0, 0.003, 0.0079, 0.99, 1.0, 1.2])
+    assert to_uint8(x).tolist() == [0, 0, 0, 127, 128, 128, 129, 254, 255, 255]
+    values = np.arange(256, dtype=np.uint8)
+    read = uint8_reader(values.reshape(256, 1, 1, 1))(np.arange(256), np.zeros(256, bool))
+    assert to_uint8(read).flatten().tolist() == values.tolist() and (read[0], read[255]) == (-1, 1)
+
+
+def test_npz_images_pixel_by_pixel(tmp_path):
+    """Channels last; not mirrored; grey ones have one channel."""
+    rng = np.random.default_rng(1)
+    for shape in ((30, 6, 6, 3), (30, 6, 6)):
+        x = rng.integers(0, 256, shape, dtype=np.uint8)
+        np.savez(tmp_path / "x.npz", x=x, y=np.arange(30) % 4, names=["a", "b", "c", "d"])
+        data = open_dataset(f"npz:{tmp_path / 'x.npz'}", seed=3)
+        assert_is_the_set(data, np.moveaxis(x, 3, 1) if x.ndim == 4 else x[:, None], np.arange(30) % 4)
+        assert data.names == ["a", "b", "c", "d"]
