@@ -50,7 +50,6 @@ def config_from(metadata):
 # ---- models -------------------------------------------------------------------------------------------
 
 NETWORK = ("num_classes", "in_channels", "input_size", "patch_size", "blocks")      # required attributes
-FROM_RECIPE = {"vae", "sample_steps", *SAMPLER}             # settings of a recipe that win over a file's
 NO_WEIGHTS = "give a model.safetensors of train.py, or a published checkpoint"
 
 
@@ -115,7 +114,10 @@ def load_model(path, device="cpu", recipe="", model_name=""):
     with as_one_error(f"{file} has damaged metadata", "use another copy"):
         config = config_from(metadata)
         names, shape = json.loads(metadata["names"]), json.loads(metadata["shape"])
-    config = dataclasses.replace(config, **{name: row[name] for name in FROM_RECIPE & row.keys()})
+    if row:
+        own = Config(**row)
+        sampler = {name: getattr(own, name) for name in ("sample_steps", *SAMPLER)}
+        config = dataclasses.replace(config, vae=own.vae or config.vae, **sampler)
     net = build(config, shape, len(names)).to(device)
     fill(net, tensors, file)
     return net.eval().requires_grad_(False), config, names

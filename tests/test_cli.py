@@ -21,10 +21,11 @@ import extras.published as published
 import model
 import sample
 from checkpoint import load_model
-from config import Config, read_config
+from config import Config, differences, read_config
 from data import noise_like_seed
 from recipes import RECIPES
-from sample import open_pipeline
+from sample import generate, open_pipeline
+from sampler import time_grid
 
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -123,6 +124,45 @@ def test_image_k_depends_on_seed_k_alone(capsys):
     x, others = drawn[0]["arr_0"].astype(int), drawn[1]["arr_0"]
     assert abs(x[[5, 3]] - others).max() <= 1 and abs(x[5] - x[3]).max() > 50
     assert drawn[0]["seeds"].tolist() == list(range(8)) and x.shape == (8, 32, 32, 3)
+
+
+def test_classes_go_on_from_batch_to_batch():
+    """Image k is of classes[k % their number], or of its seed modulo the model's, in batches of any size."""
+    pipeline = open_pipeline(ROOT / "assets/shapes-few.safetensors", torch.device("cpu"), "float32")
+    for classes, expected in (([5, 0, 3], [5, 0, 3, 5, 0, 3, 5]), (None, [11 % 8, 12 % 8, 5, 6, 7, 0, 1])):
+        batches = list(generate(pipeline, range(11, 18), 3, classes=classes, steps=1, rho=0.0))
+        assert [first for first, _, _ in batches] == [0, 3, 6]
+        assert torch.cat([y for _, _, y in batches]).tolist() == expected
+        whole = next(generate(pipeline, range(11, 18), 7, classes=classes, steps=1, rho=0.0))[1]
+        torch.testing.assert_close(torch.cat([x for _, x, _ in batches]), whole, rtol=0, atol=1e-4)
+
+
+def test_page_and_arrays_show_the_same_picture(capsys):
+    """Upright, in the right colours: an image of the arrays is the cell of the page, magnified."""
+    model = ROOT / "assets/shapes-few.safetensors"
+    shipped = ["--ckpt", model, "--steps", 2, "--dtype", "float32", "--num", 8]
+    for out in ("page.png", "all.npz"):
+        assert run("sample.py", *shipped, "--out", out, capsys=capsys)[0] == 0
+    page, arrays = np.asarray(Image.open("page.png")).astype(int), np.load("all.npz")["arr_0"]
+    for k, image in enumerate(arrays):
+        top, left = 18 + k // 8 * 68, k % 8 * 68
+        cell = page[top:top + 64:2, left:left + 64:2]
+        assert abs(cell - image).max() <= 1 and abs(cell - image[:, ::-1]).max() > 50
+        assert abs(cell - image[..., ::-1]).max() > 20 or image.std(-1).max() < 10
+
+
+def test_the_sampler_of_an_opened_model_is_that_of_its_recipe(capsys):
+    """Stored with the weights; a recipe that is named wins over it, and what is given over both."""
+    small = "--image_size 8 --model TiT-nano/4 --x_pred --batch_size 16 --steps 1 --no-compile".split()
+    for recipe, more in (("shapes", "--out start"), ("shapes-few", "--out few --init_from start")):
+        assert run("train.py", "--recipe", recipe, *small, *more.split(), capsys=capsys)[0] == 0
+    few, row = open_pipeline("few", torch.device("cpu")).config.sampler(), Config(**RECIPES["shapes-few"])
+    assert few == {"transport": "linear", "kappa": 0.0, "rho": 1.0, "schedule": (1.0, 1.0, 1.0),
+                   "gap": (0.001, 0.5), "cfg_scale": 1.0, "cfg_interval": (0.0, 1.0), "steps": 2}
+    assert few == row.sampler()
+    other = load_model("few", recipe="shapes")[1]
+    assert other.sampler() == Config(**RECIPES["shapes"]).sampler() != few and other.lam == 1
+    assert load_model("few", recipe="shapes")[1].sampler(steps=7, kappa=0.1)["steps"] == 7
 
 
 def test_the_shipped_model_draws(capsys):
@@ -238,27 +278,88 @@ def test_defaults_then_recipe_then_flags():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_consistent(name):
-    """Each is a valid Config with a network, an objective and a sampler, whose given settings win."""
+def test_every_recipe_builds_a_run_whose_sampler_can_draw(name, monkeypatch):
+    """Its objective, a narrow network of its family, and a grid of its steps; what is given wins."""
     config = read_config(["--recipe", name], "")
-    config.objective()
     settings = config.sampler(steps=3, gap=None)
     assert (settings["steps"], settings["gap"]) == (3, config.gap)
-    assert settings["transport"] == config.transport
-    assert config.batch_size % 16 == 0 and config.model in model.MODELS | published.MODELS
+    assert config.sampler()["steps"] == config.sample_steps and settings["transport"] == config.transport
+    times = time_grid(config.sample_steps, config.schedule, config.gap, 1, config.kappa, config.transport)
+    assert len(times) == config.sample_steps + 1 and config.batch_size % 16 == 0
+    config.objective().check_networks(10, has_teacher=True)
+    assert config.model in model.MODELS | published.MODELS
+    few = name.endswith(("-few", "-one")) or name.startswith("tune-")
+    assert (config.lam == 1 and config.optimizer != "adamw") if few else config.lam == 0
+    base = f"runs/{name.rpartition('-')[0]}" if name.endswith(("-few", "-one")) else ""
+    assert config.init_from == base
 
 
-def test_published_rows_are_the_published_settings():
-    """A few published numbers, by hand."""
-    row = Config(**RECIPES["in512-dcae"])
-    found = row.zeta, row.steps, row.sample_steps, row.kappa, row.betas, row.lr
-    assert found == (0.57, 1_000_000, 40, 0.46, (0.9, 0.95), 2e-4)
-    row = Config(**RECIPES["tune-repae"])
-    found = row.style, row.zeta, row.steps, row.huber, row.grad_clip, row.ema, row.gap
-    assert found == ("fc-vs-fe", 2.5, 500, 5.0, 0.1, (0.99,), (0.001, 0.75))
-    row = Config(**RECIPES["ddt512"])           # the later setting, not the paper's
-    found = row.sample_steps, row.cfg_scale, row.cfg_interval, row.kappa, row.schedule
-    assert found == (150, 2.35, (0.24, 1.0), 0.48, (1.14, 0.8, 1.1))
+# As published: network, latents, zeta, Beta, c, cosine loss, steps; sampler: steps, kappa, rho, warp, gap.
+WARP, EVEN, NARROW = (1.17, 0.8, 1.1), (1.0, 1.0, 1.0), (0.001, 0.001)
+FLAT, LATE, MIDDLE = (1.0, 1.0, 1.0), (0.8, 1.0, 1.0), (2.4, 2.4, 1.0)
+PUBLISHED = {
+    "in256-vavae": ("TiT-XL/1", "vavae", 0.47, FLAT, 0, True, 500_000, 30, 0.5, 0, EVEN, NARROW),
+    "in256-e2e": ("TiT-XL/1", "e2e-vavae", 0.67, FLAT, 0, True, 300_000, 40, 0.5, 0, WARP, NARROW),
+    "in256-sd": ("TiT-XL/2", "sd-ema", 0.44, MIDDLE, 0, True, 500_000, 60, 0.21, 0, WARP, NARROW),
+    "in512-dcae": ("TiT-XL/1", "dc-ae", 0.57, FLAT, 0, True, 1_000_000, 40, 0.46, 0, WARP, NARROW),
+    "in512-sd": ("TiT-XL/4", "sd-ema", 0.60, MIDDLE, 0, True, 400_000, 40, 0.4, 0, WARP, NARROW),
+    "in256-vavae-few": ("TiT-XL/1", "vavae", 2.0, LATE, 5, False, 40_000, 2, 0, 1, EVEN, (0.001, 0.3)),
+    "in256-e2e-few": ("TiT-XL/1", "e2e-vavae", 1.3, LATE, 9, False, 50_000, 2, 0, 1, EVEN, (0.001, 0.5)),
+    "in256-sd-few": ("TiT-XL/2", "sd-ema", 2.0, LATE, 5, False, 50_000, 2, 0, 1, EVEN, (0.001, 0.3)),
+    "in512-dcae-few": ("TiT-XL/1", "dc-ae", 1.5, LATE, 5, False, 50_000, 2, 0, 1, EVEN, (0.0, 0.6)),
+    "in512-sd-few": ("TiT-XL/4", "sd-ema", 1.5, LATE, 5, False, 50_000, 2, 0, 1, EVEN, (0.001, 0.5)),
+    "tune-repae": ("SiT-XL/1", "e2e-vavae", 2.5, LATE, 5, False, 500, 2, 0, 1, EVEN, (0.001, 0.75)),
+    "tune-repa": ("SiT-XL/2", "sd-ema", 1.7, LATE, 5, False, 800, 2, 0, 1, EVEN, (0.001, 0.6)),
+    "tune-lightningdit": ("LightningDiT-XL/1", "vavae", 3.0, LATE, 5, False, 800, 2, 0, 1, EVEN,
+                          (0.001, 0.6)),
+    "tune-ddt": ("DDT-XL/2", "sd-ema", 1.9, LATE, 5, False, 800, 2, 0, 1, EVEN, (0.001, 0.5)),
+}
+# Network, guidance, its interval; sampler: steps, kappa, warp, gap. ddt512 is the later setting.
+FASTER = {
+    "repae": ("SiT-XL/1", 2.5, (0.0, 0.76), 40, 0.54, (1.2, 0.72, 1.2), (0.001, 0.002)),
+    "lightningdit": ("LightningDiT-XL/1", 6.7, (0.125, 1.0), 50, 0.5, WARP, NARROW),
+    "ddt": ("DDT-XL/2", 2.0, (0.3, 1.0), 50, 0.28, WARP, NARROW),
+    "ddt512": ("DDT-XL/2", 2.35, (0.24, 1.0), 150, 0.48, (1.14, 0.8, 1.1), NARROW),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_row(name):
+    c = Config(**RECIPES[name])
+    assert PUBLISHED[name] == (c.model, c.vae, c.zeta, c.time_beta, c.huber, c.cosine_loss, c.steps,
+                               c.sample_steps, c.kappa, c.rho, c.schedule, c.gap)
+    many, tune = c.lam == 0, name.startswith("tune-")
+    style = "ft-vs-fe" if many else "fc-vs-fe" if tune else "fc-vs-xz"
+    reverse = name in ("tune-lightningdit", "tune-ddt")
+    size = 512 if "512" in name else 256
+    assert (c.lam, c.style, c.transport, c.image_size) == (0 if many else 1, style,
+                                                           "relinear" if reverse else "linear", size)
+    assert (c.time_weight, c.enhance_range, c.label_drop) == ("cosine", (0.0, 0.75), 0.1)
+    assert (c.optimizer, c.lr, c.betas) == (("adamw", 2e-4, (0.9, 0.95)) if many else
+                                            ("radam", 1e-4, (0.9, 0.999)))
+    assert (c.ema, c.grad_clip) == ((0.99 if tune else 0.9999,), 1.0 if many else 0.1)
+    assert (c.batch_size, c.warmup, c.warmdown) == (512 if name == "tune-ddt" else 1024, 0, 0.0)
+
+
+@pytest.mark.parametrize("name", FASTER)
+def test_a_published_row_of_the_sampler(name):
+    c = Config(**RECIPES[name])
+    assert FASTER[name] == (c.model, c.cfg_scale, c.cfg_interval, c.sample_steps, c.kappa, c.schedule, c.gap)
+    assert (c.transport, c.rho) == ("linear" if name == "repae" else "relinear", 0.0)
+    assert c.vae == {"repae": "e2e-vavae", "lightningdit": "vavae"}.get(name, "sd-ema")
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)])
+def test_a_resumed_run_keeps_every_setting_that_decides_its_result(name):
+    """Free are only where and how fast it runs, how long, and what it reports."""
+    free = ("out steps device compile exact threads micro_batch fsdp grad_checkpoint fresh allow_change "
+            "log_every save_every report_to about").split()
+    before, after = Config(fingerprint="20 images"), Config(fingerprint="20 images")
+    value = getattr(after, name)
+    setattr(after, name, not value if isinstance(value, bool) else "other" if isinstance(value, str) else
+            (*value, 0.5) if isinstance(value, tuple) else True if value is None else value + 1)
+    changed = differences(before, after)
+    assert changed == ([] if name in free else [f"{name}: {value} -> {getattr(after, name)}"])
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py", "extras/latents.py"])
