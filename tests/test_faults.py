@@ -1,4 +1,5 @@
 """What may go wrong with files, disks and numbers: a good read, a run that goes on, or one line to act on."""
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import data
 import engine
 import optim
 from checkpoint import load_model, newest_state, read_state, read_weights
+from config import UserError
 from data import open_dataset
 from engine import atomic_write, ignore_disk_errors
 from extras.latents import map_shard
@@ -193,6 +195,45 @@ def test_only_what_passes_is_survived():
                   safetensors.SafetensorError("denied (os error 13)")):
         with pytest.raises(ValueError, match="it cannot be written"), ignore_disk_errors("it", told.append):
             raise error
+
+
+@pytest.mark.parametrize("number, passes", [
+    ("ENOSPC", True), ("EDQUOT", True), ("EIO", True), ("ESTALE", True), ("ETIMEDOUT", True),
+    ("EAGAIN", True), ("EACCES", False), ("EROFS", False), ("EBADF", False), ("ENOENT", False)])
+def test_each_kind_of_disk_error(number, passes):
+    told, error = [], OSError(getattr(errno, number), "it failed")
+    if passes:
+        with ignore_disk_errors("it", told.append):
+            raise error
+    else:
+        with pytest.raises(UserError, match="it cannot be written"), ignore_disk_errors("it", told.append):
+            raise error
+    assert len(told) == passes
+    with ignore_disk_errors("it", told.append, transient=None):     # the log and the curves: never fatal
+        raise error
+    assert len(told) == passes + 1
+
+
+def test_skipped_steps_count_in_a_row():
+    """Sixty skipped, one good and sixty skipped go on; a hundred in a row do not, whenever it is reported."""
+    skipped, told = optim.Skipped(torch.device("cpu")), []
+    good, bad = torch.tensor(True), torch.tensor(False)
+    for finite in [bad] * 60 + [good] + [bad] * 60:
+        skipped.add(finite)
+    assert skipped.report(121, None, told.append) == 120 and skipped.in_a_row == 60
+    skipped.check(121)
+    for _ in range(39):
+        skipped.add(bad)
+    assert skipped.report(160, None, told.append) == 39
+    skipped.check(160)                                      # 99
+    skipped.note(torch.tensor([1.0, float("nan"), 2.0]), torch.tensor([0.9, 0.4, 0.1]))
+    skipped.add(bad)
+    assert skipped.report(161, None, told.append) == 1 and "t = 0.400 on process 0" in told[-1]
+    with pytest.raises(UserError, match="100 steps up to step 161"):
+        skipped.check(161)
+    skipped.add(good)
+    assert skipped.report(162, None, told.append) == 0 and len(told) == 3
+    skipped.check(162)
 
 
 def test_a_run_whose_end_is_not_on_disk_says_so(capsys, monkeypatch):

@@ -23,6 +23,40 @@ def test_shapes_and_zero_start(family, patch):
     assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_weights(family):
+    """Xavier's bound for matrices, .02 for embeddings and the time's MLP, 0 for gates, output and biases."""
+    net = small(f"{family}-S/4", num_classes=50)
+    zero = [block.adaLN_modulation[1] for block in net.blocks]
+    zero += [net.final_layer.adaLN_modulation[1], net.final_layer.linear]
+    assert all((layer.weight == 0).all() for layer in zero)
+    for name, p in net.named_parameters():
+        if name.endswith(".bias"):
+            assert (p == 0).all(), name
+    tables = [net.y_embedder.embedding_table, net.t_embedder.mlp[0], net.t_embedder.mlp[2]]
+    for layer in tables:
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.03) and layer.weight.abs().max() > 0.05
+    small_ones = {id(layer) for layer in (*zero, *tables)}
+    matrices = [m for m in net.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    for layer in matrices:
+        if id(layer) not in small_ones:
+            rows, columns = layer.weight.flatten(1).shape
+            bound = (6 / (rows + columns)) ** 0.5
+            assert 0.99 * bound < layer.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("size, depth, width, heads", [
+    ("XXS", 4, 128, 4), ("XS", 6, 192, 6), ("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16),
+    ("XL", 28, 1152, 16)])
+def test_depth_width_and_heads(size, depth, width, heads):
+    with torch.device("meta"):
+        for family in FAMILIES:
+            for patch in (1, 2, 4, 8):
+                net = MODELS[f"{family}-{size}/{patch}"](input_size=16, in_channels=4, num_classes=3)
+                assert (len(net.blocks), net.pos_embed.shape[-1], net.patch_size) == (depth, width, patch)
+                assert {block.attn.heads for block in net.blocks} == {heads}
+
+
 def test_every_input_matters_once_trained():
     net = small("TiT-XXS/2")
     for p in net.parameters():

@@ -284,6 +284,70 @@ def test_a_residual_and_an_output_of_zero_are_not_kicked(name, cosine_loss):
             assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-7)
 
 
+def test_times_are_kept_from_both_ends():
+    """The network sees t in 1e-4 .. 1 - 1e-4, at a mixture of that time."""
+    x, z, _, y, drop = batch(3)
+    t, net = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), Net()
+    calls = calls_of(net)
+    Objective()(net, x, y, t, z, drop)
+    expected = torch.tensor([1e-4, 0.5, 1 - 1e-4], dtype=torch.float64)
+    assert_close(calls[0][1], expected, rtol=0, atol=1e-12)
+    assert_close(calls[0][0], expected.view(-1, 1, 1, 1) * z + (1 - expected).view(-1, 1, 1, 1) * x)
+
+
+@pytest.mark.parametrize("derivative, times", [("backward", [0.0, 0.0, 0.35]),
+                                               ("central", [-0.03, 0.02, 0.35])])
+def test_differences_near_the_data(derivative, times):
+    """A step back from t < dt ends at 0, and divides by t; the central one leaves [0, 1]."""
+    x, z, _, y, drop = batch(3)
+    t, dt, net = torch.tensor([0.02, 0.07, 0.4], dtype=torch.float64), 0.05, Net()
+    if derivative == "backward":
+        t[1] = 0.05
+    calls = calls_of(net)
+    row, objective = resolve("linear"), Objective(lam=1.0, derivative=derivative, dt=dt)
+    x_t = t.view(-1, 1, 1, 1) * z + (1 - t.view(-1, 1, 1, 1)) * x
+    x_hat = predict(net, row, x_t, t, y)[1]
+    D = objective.dx_dt(net, row, x, z, t, y, x_hat)
+    assert_close(calls[-1][1], torch.tensor(times, dtype=torch.float64), rtol=0, atol=1e-12)
+
+    def data_at(r):
+        r = torch.tensor(r, dtype=torch.float64)
+        return predict(net, row, r.view(-1, 1, 1, 1) * z + (1 - r.view(-1, 1, 1, 1)) * x, r, y)[1]
+    if derivative == "backward":
+        expected = (x_hat - data_at(times)) / torch.tensor([0.02, 0.05, 0.05]).double().view(-1, 1, 1, 1)
+    else:
+        expected = (data_at([0.07, 0.12, 0.45]) - data_at(times)) / 0.1
+    assert_close(D, expected)
+
+
+def test_enhancement_is_inside_an_open_range():
+    """zeta (guided - reference) between the edges; half-way to the guided output at an edge and outside."""
+    x, z, _, y, _ = batch(5)
+    t, keep = torch.tensor([0.2, 0.3, 0.5, 0.6, 0.9], dtype=torch.float64), torch.zeros(5, dtype=torch.bool)
+    objective = Objective(zeta=2.0, style="fc-vs-fe", enhance_range=(0.3, 0.6))
+    row, teacher = resolve("linear"), Net(7)
+    v, x_t = z - x, t.view(-1, 1, 1, 1) * z + (1 - t.view(-1, 1, 1, 1)) * x
+    with torch.no_grad():
+        F_y, F_null = teacher(x_t, t, y), teacher(x_t, t, torch.full_like(y, 3))
+        found = objective.enhance(row, teacher, v, None, x_t, t, y, 3, keep)
+    assert_close(found[2], (v + 2 * (F_y - F_null))[2])
+    for k in (0, 1, 3, 4):
+        assert_close(found[k], ((v + F_y) / 2)[k])
+
+
+@pytest.mark.parametrize("style", ["none", "fc-vs-xz"])
+def test_without_classes_nothing_is_dropped(style):
+    """A network with 0 classes: the labels stay 0, and fc-vs-xz needs no null class."""
+    x, z, t, _, drop = batch()
+    y, net = torch.zeros(len(x), dtype=torch.int64), Net()
+    net.num_classes = 0
+    calls, zeta = calls_of(net), float(style != "none")
+    objective = Objective(zeta=zeta, style=style)
+    loss = objective(net, x, y, t, z, drop, net if zeta else None)
+    assert all((call[2] == 0).all() for call in calls) and drop.any()
+    assert_close(loss, objective(net, x, y, t, z, torch.zeros_like(drop), net if zeta else None))
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 @pytest.mark.parametrize("n", [1, 5])
 def test_label_drop_at_its_ends(ratio, n):

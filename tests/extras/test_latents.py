@@ -175,6 +175,25 @@ def test_the_centre_crop():
     assert centre_crop(Image.new("RGB", (1, 5000)), 64).size == (64, 64)
 
 
+@pytest.mark.parametrize("size, box", [((48, 32), (8, 0)), ((32, 50), (0, 9)), ((47, 32), (7, 0))])
+def test_the_place_of_the_crop(size, box):
+    """Pillow's own crop, pixel by pixel: the middle, and of an odd rest the smaller half."""
+    pixels = np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    left, top = box
+    expected = Image.fromarray(pixels).crop((left, top, left + 32, top + 32))
+    assert np.array_equal(np.asarray(centre_crop(Image.fromarray(pixels), 32)), np.asarray(expected))
+
+
+def test_each_autoencoder_by_name():
+    """Where it lies, what reads it, and what its latents are multiplied by (0: mean and deviation)."""
+    assert {name: tuple(source) for name, source in latents.AUTOENCODERS.items()} == {
+        "sd-ema": ("AutoencoderKL", "stabilityai/sd-vae-ft-ema", 0.18215),
+        "sd-mse": ("AutoencoderKL", "stabilityai/sd-vae-ft-mse", 0.18215),
+        "e2e-vavae": ("AutoencoderKL", "REPA-E/e2e-vavae-hf", 0),
+        "vavae": ("ldm", "hustvl/vavae-imagenet256-f16d32-dinov2", 0),
+        "dc-ae": ("AutoencoderDC", "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 0)}
+
+
 # ---- autoencoders -------------------------------------------------------------------------------------
 
 def test_autoencoders_that_cannot_be_had(tmp_path, monkeypatch):
