@@ -27,6 +27,8 @@ def pytest_terminal_summary(terminalreporter):
     reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
     if lacking := sum("could not import" in reason for reason in reasons):
         terminalreporter.write_line(f"{lacking} tests skipped: pip install -r requirements-dev.txt runs them")
+    for reason in sorted({reason for reason in reasons if "could not import" not in reason}):
+        terminalreporter.write_line(reason.replace("Skipped: ", "skipped: "))
 
 
 @pytest.fixture(autouse=True)
