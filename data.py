@@ -94,7 +94,8 @@ def open_folder(path, size, seed, cache):
     print0(folder)
     x, rows = read_folder(folder, size, cache)
     labels, names = np.asarray(folder.labels)[rows], np.asarray(folder.names(), object)[rows]
-    identity = "\n".join(names).encode()
+    sizes = [os.path.getsize(folder.paths[row]) for row in rows]
+    identity = "\n".join(f"{name} {size}" for name, size in zip(names, sizes)).encode()
     return FiniteDataset(uint8_reader(x), labels, x.shape[1:], folder.classes, seed, True, identity)
 
 

@@ -61,7 +61,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import open_dataset, to_uint8
+from data import TORCHVISION, open_dataset, to_uint8
 from engine import (as_one_error, gather, init_distributed, leave_distributed, pick_device, print0,
                     rank_and_world, rank_batches, run)
 from features import RESIZE, Inception, file_hash, shipped, small_features, train_features
@@ -278,7 +278,10 @@ def pick_features(options, model):
         raise UserError("compare with what? give --ref, such as in1k256_fid_ref.npz or folder:real")
     if options.ref and (options.effnet or options.features not in ("", "inception")):
         raise UserError("--effnet and --features NAME compare --ckpt with --data: leave --ref out")
-    return options.features or ("inception" if options.ref else Path(path).stem or name)
+    if name not in ("shapes", *TORCHVISION):        # only these have features in assets/, by their name
+        stem = Path(path).stem
+        name = f"{name}-{stem}" if stem in ("shapes", *TORCHVISION) else stem
+    return options.features or ("inception" if options.ref else name)
 
 
 def inception_reference(options, features, keep):

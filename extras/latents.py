@@ -379,7 +379,8 @@ def open_latents(path, seed, vae=""):
             x[row] = shards[k][sides[int(mirrored)]][index - starts[k]]
         return torch.from_numpy(x).sub_(mean).div_(std)
     names = names or [str(k) for k in range(max(1000, int(labels.max()) + 1))]
-    data = FiniteDataset(read, labels, shape, names, seed, mirror=True, identity=labels.tobytes())
+    identity = b"".join(shard["labels"].tobytes() + shard["latents"][0].tobytes() for shard in shards)
+    data = FiniteDataset(read, labels, shape, names, seed, mirror=True, identity=identity)
     data.latent = vae, tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
     return data
 

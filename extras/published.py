@@ -46,7 +46,7 @@ def load(file, model="", image_size=256, device="cpu"):
 
 def unwrap(file, device="cpu"):
     """(tensors by name in float32, extras) of a file of safetensors or torch.save, the averaged weights if it
-    holds several. extras: args (the command line, in files of REPA and SiT), projectors (REPA's)."""
+    holds several. extras: args (the command line, in files of DiT, SiT and REPA), projectors (REPA's)."""
     _, stored = read_weights(file, device)
     with as_one_error(f"cannot read weights from {file}", NO_WEIGHTS):
         if not stored:
@@ -75,7 +75,8 @@ def clean(tensors, extras):
 
 
 def detect_family(tensors, extras, model, file):
-    """(family, transport). model: the user's word, which decides where files look alike."""
+    """(family, transport). Where files look alike, model, the user's word, decides, then the arguments that
+    the file was trained with."""
     is_ddt = "s_embedder.proj.weight" in tensors
     wanted = ["x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight",
               "blocks.0.attn.qkv.weight", *([] if is_ddt else ["pos_embed"])]
@@ -90,9 +91,10 @@ def detect_family(tensors, extras, model, file):
         return "TiT", "linear"          # UCGM
     if extras["projectors"] or not learns_sigma(tensors):
         return "SiT", "linear"          # REPA and REPA-E
-    if extras.get("args") or model.startswith("SiT"):
+    told = model or str(getattr(extras.get("args"), "model", ""))       # both trainers save their arguments
+    if told.startswith("SiT"):
         return "SiT", "relinear"
-    if model.startswith("DiT"):
+    if told.startswith("DiT"):
         return "DiT", "ddpm"
     raise UserError(f"{file} may be a DiT or a SiT, whose files look alike: "
                     "add --recipe dit or --recipe sit, or to fine-tune it tune-dit or tune-sit")

@@ -11,12 +11,15 @@ Transport, and every step is sampler.next_x. The data are neither clipped nor th
 | beta_schedule: DDIM, PNDM, Euler, DPM-Solver, ...   | alpha_bar of it | N t - 1                          |
 | use_flow_sigmas, or of a scheduler named FlowMatch  | linear, shifted | N t; with invert_sigmas N (1 - t)|
 """
+import inspect
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
 from objective import Transport, discrete_path, identity, minus_one, one, one_minus, predict, zero
@@ -87,13 +90,22 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
         check_sampler(self.transport, [0.5, 0.0], kappa, rho, 1, 1.0, None)
         self.timesteps = self.num_inference_steps = None
 
+    def __getstate__(self):         # a Transport is functions, which cannot be pickled
+        return {name: value for name, value in vars(self).items() if name != "transport"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.transport = transport_of(self.config)
+
     @classmethod
     def from_config(cls, config, return_unused_kwargs=False, **kwargs):
         """A UCGMScheduler for the network of another scheduler's config (or of its own); kwargs win.
-        ValueError: a config that says neither betas nor flow, or a clock of its own."""
+        ValueError: a config that says neither betas nor flow, or a clock of its own; an unknown keyword."""
+        if unknown := kwargs.keys() - inspect.signature(cls.__init__).parameters.keys():
+            raise ValueError(f"UCGMScheduler has no setting {', '.join(sorted(unknown))}")
         config, name = dict(config), config.get("_class_name", "another scheduler")
         config.pop("_use_default_values", None)     # the base class would drop what the other left at default
-        nameless = "base_shift" in config and "beta_schedule" not in config     # made, and not loaded
+        nameless = "shift" in config and "beta_schedule" not in config     # made, and not loaded
         if nameless or name.startswith("FlowMatch"):
             config["prediction_type"] = "flow_prediction"   # use_flow_sigmas would make Flux drop a user's
         elif config.get("snr_shift_scale") or config.get("timestep_type") == "continuous":
@@ -103,23 +115,25 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
                              "beta_schedule or use_flow_sigmas, or of a FlowMatch scheduler")
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None,
+                      **unused):
         """Set the grid of a run and forget the last run. sigmas: for flow, before the shift; the default ones
         of pipelines, 1 to 1 / N in even steps, give way to UCGM-S's grid. mu: for dynamic shifting.
-        timesteps: the grid as the network is told it. ValueError: none of these, or too many at once."""
-        config, given = self.config, sigmas if timesteps is None else timesteps
+        timesteps: the grid as the network is told it; with sigmas, what it is told at these. Keywords that
+        only other schedulers know are ignored. ValueError: none of these."""
+        config, given = self.config, timesteps if sigmas is None else sigmas
         if given is not None:
             given = torch.as_tensor(np.asarray(given), dtype=DOUBLE)
             num_inference_steps = len(given)
         if not num_inference_steps:
             raise ValueError("set_timesteps needs num_inference_steps, sigmas or timesteps")
-        if timesteps is not None:
+        if sigmas is None and timesteps is not None:
             t = self._time_of(given)
         elif given is not None and not is_flow(config):
             raise ValueError("sigmas are for flow models: give timesteps, or num_inference_steps")
         else:
             usual = torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=DOUBLE)
-            if given is None or torch.allclose(given, usual, atol=1e-5):
+            if given is None or timesteps is None and torch.allclose(given, usual, atol=1e-5):
                 how = config.schedule, config.gap, 1, config.kappa, self.transport
                 times = time_grid(num_inference_steps, *how)
                 given = torch.tensor(times[:-1], dtype=DOUBLE)
@@ -127,7 +141,8 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
         self.grid = F.pad(t, (0, 1))                                                    # (N + 1,), then 0
         check_sampler(self.transport, self.grid.tolist(), config.kappa, config.rho, 1, 1.0, None)
         self.num_inference_steps = num_inference_steps
-        self.timesteps = self.transport.net_time(t).float().to(device)                  # (N,)
+        told = self.transport.net_time(t) if sigmas is None or timesteps is None else timesteps
+        self.timesteps = torch.as_tensor(np.asarray(told)).float().to(device)           # (N,)
         if is_flow(config):
             self.sigmas = self.transport.net_time(self.grid).float() / config.num_train_timesteps
         self.begin_index = self.step_index = None
@@ -140,7 +155,7 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
         if config.use_dynamic_shifting:
             shift = mu if config.time_shift_type == "linear" else np.exp(mu)
         t = shift * t / (shift * t + (1 - t))
-        if config.shift_terminal and t[-1] < 1:
+        if config.shift_terminal and len(t) > 1 and t[-1] < 1:
             t = 1 - (1 - t) * (1 - config.shift_terminal) / (1 - t[-1])
         return t
 
@@ -156,11 +171,13 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample, timestep=None):
         return sample
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        """x at the next time, like sample (B, ...), computed in float32; x_hat at the last.
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, **unused):
+        """x at the next time, like sample (B, ...), computed in float32, and x_hat; at the end both are the
+        images.
 
-        The calls of a run come in order; set_timesteps starts another run, at any timestep. generator: for
-        rho's fresh noise; without one (many pipelines do not pass it on), torch's own."""
+        The calls of a run come in order; the next run starts after the last step, or with set_timesteps, at
+        any timestep. generator: for rho's fresh noise; without one (many pipelines do not pass it on),
+        torch's own. Keywords that only other schedulers know, such as eta, are ignored."""
         if self.timesteps is None:
             raise ValueError("step needs a grid: call set_timesteps first")
         if self.step_index is None:
@@ -173,13 +190,14 @@ class UCGMScheduler(SchedulerMixin, ConfigMixin):
         predicted = predict(lambda x, t, y: model_output, self.transport, x, t, None)[1:]
         noise = lambda i: randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         after, _ = next_x(self.transport, grid, i, predicted, self._calls, self.config.kappa, rho, noise)
-        self.step_index += 1
-        after = after.to(sample.dtype)
-        return SchedulerOutput(prev_sample=after) if return_dict else (after,)
+        self.step_index = None if i == len(grid) - 2 else self.step_index + 1
+        both = after.to(sample.dtype), predicted[0].to(sample.dtype)
+        return DDIMSchedulerOutput(*both) if return_dict else both
 
     def add_noise(self, original_samples, noise, timesteps):
         """x_t like the data original_samples (B, ...), at timesteps (B,) or (1,)."""
-        alpha, gamma, *_ = self.transport.at(self._time_of(timesteps.float()), original_samples)
+        t = self._time_of(timesteps.float()).to(original_samples.device)    # pipelines leave them on the CPU
+        alpha, gamma, *_ = self.transport.at(t, original_samples)
         return (alpha * noise + gamma * original_samples).to(original_samples.dtype)
 
     def scale_noise(self, sample, timestep, noise):

@@ -297,6 +297,15 @@ def test_the_independent_metric(capsys):
     assert "FD-EffNet" not in alone and "below the 1,280 features" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("data, name", [
+    ("shapes", "shapes"), ("mnist", "mnist"), ("mnist:some/where", "mnist"), ("fashion:DIR", "fashion"),
+    ("folder:pets/", "pets"), ("folder:a/shapes", "folder-shapes"), ("npz:mnist.npz", "npz-mnist"),
+    ("npz:x/avatars64.npz", "avatars64")])
+def test_the_shipped_features_belong_to_their_own_data(data, name):
+    """Wherever these lie; a folder or a file that has the same name is another set."""
+    assert fid.pick_features(Options(ckpt="x", data=data), None) == name
+
+
 def test_few_images_are_said(capsys):
     evaluate(Options(ckpt=SHIPPED, num=10, steps=1))
     assert "N = 10 is below the 64 features" in capsys.readouterr().out

@@ -90,6 +90,15 @@ def test_other_class_names_or_images_are_a_change(home, capsys):
     assert "resumed" in train("--steps", 6, "--out", "run", "--allow_change", *flags, capsys=capsys)
 
 
+def test_other_images_under_the_same_names_are_a_change(home):
+    """A folder's images are known by their names and sizes."""
+    save_images(*[f"f/{name}/{k}.png" for name in "ab" for k in range(4)])
+    before = open_dataset("folder:f", 8).fingerprint
+    assert open_dataset("folder:f", 8).fingerprint == before
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save("f/b/2.png")
+    assert open_dataset("folder:f", 8).fingerprint != before
+
+
 def test_a_fingerprint_is_of_order_and_content(home):
     x, y = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1])
     prints = set()

@@ -40,7 +40,8 @@ def wrapped(kind, tensors):
     if kind == "repa-e":
         return {"model": add("module.", other), "ema": add("module.", {**tensors, **projector}), "opt": {},
                 "args": args, "steps": 1}
-    if kind == "sit":
+    if kind in ("sit", "dit"):
+        args.model = f"{'S' if kind == 'sit' else 'D'}iT-XL/2"
         return {"model": other, "ema": tensors, "opt": {}, "args": args}
     if kind == "lightningdit":
         return {"model": other, "ema": add("module.", tensors), "opt": {}, "config": {}}
@@ -57,7 +58,7 @@ def assert_golden(net, golden):
 @pytest.mark.parametrize("golden, kind, transport", [
     ("tit", "ucgm", "linear"), ("tit", "raw", "linear"),
     ("sit", "repa", "linear"), ("sit", "repa-e", "linear"), ("sit", "raw", "linear"),
-    ("sit_learn_sigma", "sit", "relinear"),
+    ("sit_learn_sigma", "sit", "relinear"), ("sit_learn_sigma", "dit", "ddpm"),
     ("lightningdit", "lightningdit", "relinear"), ("lightningdit", "raw", "relinear")])
 @pytest.mark.parametrize("new_zip", [True, False])
 def test_published_dictionaries_give_the_golden_outputs(tmp_path, golden, kind, transport, new_zip):
@@ -93,6 +94,12 @@ def test_what_cannot_be_told_is_asked(tmp_path, monkeypatch):
         family = RECIPES[recipe]["model"].split("-")[0]
         monkeypatch.setitem(RECIPES[recipe], "model", f"{family}-golden/2")
         assert load_model(path, recipe=recipe)[1].transport == transport
+    for trained_as, recipe, transport in (("DiT-XL/2", "sit", "relinear"), ("SiT-XL/2", "dit", "ddpm")):
+        torch.save({"ema": tensors, "args": argparse.Namespace(model=trained_as)}, path)
+        assert load_model(path, recipe=recipe)[1].transport == transport        # the user's word decides
+    torch.save({"ema": tensors, "args": argparse.Namespace(lr=1e-4)}, path)
+    with pytest.raises(ValueError, match="--recipe dit or --recipe sit"):
+        load_model(path)
     with pytest.raises(ValueError, match="in256-sd.*TiT-XL/2"):
         load_model(GOLDEN / "sit.safetensors", recipe="in256-sd")
     torch.save({**tensors, "extra.weight": torch.zeros(1), "blocks.1.mlp.fc1.bias": torch.zeros(3)}, path)

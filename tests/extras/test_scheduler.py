@@ -1,6 +1,11 @@
 """UCGMScheduler in the pipelines of diffusers, with random weights: what it equals there, and its order."""
+import copy
 import functools
 import json
+import os
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -258,8 +263,8 @@ def test_a_scheduler_is_saved_and_loaded(tmp_path):
         again = UCGMScheduler.from_pretrained(tmp_path)
         written = json.loads((tmp_path / "scheduler_config.json").read_text())
         assert json.loads(json.dumps(dict(again.config))) == written
-        copy = UCGMScheduler.from_config(scheduler.config)
-        for each in (scheduler, again, copy):
+        copied = UCGMScheduler.from_config(scheduler.config)
+        for each in (scheduler, again, copied):
             each.set_timesteps(5)
             assert_close(each.timesteps, scheduler.timesteps, rtol=0, atol=0)
             assert each.config.kappa == 0.3
@@ -346,6 +351,111 @@ def test_mistakes_end_in_one_line(settings, call, words):
     with pytest.raises(ValueError, match=words) as error:
         make().set_timesteps(**call)
     assert "\n" not in str(error.value)
+
+
+# ---- what the base library's own schedulers do --------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_sigmas_with_timesteps_are_the_grid_and_what_the_network_is_told(dtype):
+    """As CogView4 calls FlowMatchEulerDiscreteScheduler."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    ours = UCGMScheduler.from_config(theirs.config, kappa=0.0)
+    told = torch.linspace(1000, 1, 6)[:-1].to(dtype)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(sigmas=(told / 1000).double().numpy(), timesteps=told.numpy(), mu=0.8)
+    assert_close(ours.timesteps, told.float(), rtol=0, atol=0)
+    assert_close(ours.grid.float(), theirs.sigmas.float())
+    assert_close(theirs.timesteps.float(), ours.timesteps)
+
+
+def test_a_single_step_begins_with_noise():
+    """Where the last sigma is stretched to shift_terminal, a grid of one has none to stretch."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
+    scheduler = UCGMScheduler.from_config(theirs.config)
+    scheduler.set_timesteps(1)
+    assert scheduler.grid[0] == pytest.approx(0.999)
+    scheduler.set_timesteps(2)
+    assert scheduler.grid[1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("theirs", [diffusers.DDIMScheduler(), diffusers.FlowMatchEulerDiscreteScheduler()])
+def test_a_second_loop_needs_no_new_grid(theirs):
+    scheduler, z = UCGMScheduler.from_config(theirs.config), torch.randn(2, 3, 4, 4)
+    scheduler.set_timesteps(5)
+
+    def loop():
+        x = z
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x).prev_sample
+        return x
+    assert torch.equal(loop(), loop())
+
+
+def test_a_misspelled_setting_is_refused():
+    with pytest.raises(ValueError, match="no setting kapa"):
+        UCGMScheduler.from_config(diffusers.DDIMScheduler().config, kapa=0.3)
+
+
+@pytest.mark.parametrize("theirs", [diffusers.DDIMScheduler(), diffusers.FlowMatchEulerDiscreteScheduler()])
+def test_noise_is_added_wherever_the_timesteps_lie(theirs):
+    """Pipelines leave them on the CPU; the meta device stands for a GPU. On the CPU it is DDIM's own."""
+    scheduler, x, noise = UCGMScheduler.from_config(theirs.config), *torch.randn(2, 2, 3, 4, 4)
+    scheduler.set_timesteps(5)
+    for t in (scheduler.timesteps[:2], scheduler.timesteps[2:3]):
+        for add in (scheduler.add_noise, lambda x, noise, t: scheduler.scale_noise(x, t, noise)):
+            assert add(x.to("meta"), noise.to("meta"), t).device.type == "meta"
+    if hasattr(theirs, "add_noise"):
+        t = torch.tensor([17, 801])
+        assert_close(scheduler.add_noise(x, noise, t), theirs.add_noise(x, noise, t), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_step_returns():
+    """(prev_sample, pred_original_sample), as DDIM has them; keywords of other schedulers are ignored."""
+    theirs = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    ours, (x, made) = UCGMScheduler.from_config(theirs.config, kappa=0.0), torch.randn(2, 2, 3, 4, 4)
+    theirs.set_timesteps(4)
+    ours.set_timesteps(timesteps=theirs.timesteps.tolist(), original_inference_steps=50)
+    expected = theirs.step(made, theirs.timesteps[0], x)
+    found = ours.step(made, ours.timesteps[0], x, eta=0.0, variance_noise=None)
+    assert_close(found.prev_sample, expected.prev_sample, rtol=1e-4, atol=1e-4)
+    assert_close(found.pred_original_sample, expected.pred_original_sample, rtol=1e-4, atol=1e-3)
+    ours.set_timesteps(4)
+    pair = ours.step(made, ours.timesteps[0], x, return_dict=False)
+    assert len(pair) == 2 and pair[0].shape == pair[1].shape == x.shape
+
+
+def test_it_can_be_copied_and_pickled_in_the_middle_of_a_run(tmp_path):
+    """Also into a fresh process."""
+    ours, x = UCGMScheduler.from_config(diffusers.DDIMScheduler().config), torch.randn(2, 3, 4, 4)
+    ours.set_timesteps(4)
+    for t in ours.timesteps[:2]:
+        x = ours.step(torch.tanh(x), t, x).prev_sample
+    torch.save(x, tmp_path / "x.pt")
+    (tmp_path / "scheduler.pkl").write_bytes(pickle.dumps(ours))
+    copies = copy.deepcopy(ours), pickle.loads((tmp_path / "scheduler.pkl").read_bytes())
+    t = ours.timesteps[2]
+    expected = ours.step(torch.tanh(x), t, x).prev_sample
+    assert all(torch.equal(each.step(torch.tanh(x), t, x).prev_sample, expected) for each in copies)
+    code = ("import pickle, torch; s = pickle.load(open('scheduler.pkl', 'rb')); x = torch.load('x.pt'); "
+            "torch.save(s.step(torch.tanh(x), s.timesteps[2], x).prev_sample, 'y.pt')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)
+    assert_close(torch.load(tmp_path / "y.pt"), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in dir(diffusers) if name.startswith("FlowMatch")])
+def test_every_flow_scheduler_has_a_config_that_is_read(name):
+    """Its path is the straight one, told in thousandths, and the grid is shifted as it says."""
+    try:
+        theirs = getattr(diffusers, name)(shift=3.0)
+    except TypeError:
+        theirs = getattr(diffusers, name)()
+    ours = UCGMScheduler.from_config(theirs.config)
+    ours.set_timesteps(10)
+    shift = theirs.config.get("shift", 1.0)
+    even = torch.tensor(time_grid(10, kappa="auto"), dtype=DOUBLE)[:-1]
+    assert_close(ours.grid[:-1], shift * even / (shift * even + 1 - even))
+    assert_close(ours.timesteps.double(), 1000 * ours.grid[:-1], rtol=1e-6, atol=1e-3)
 
 
 def test_a_step_before_its_grid_and_an_output_of_another_shape():
