@@ -129,7 +129,7 @@ class Config:
 
     def __post_init__(self):
         check_settings(self)
-        if not self.ema or len(set(self.ema)) < len(self.ema):
+        if not self.ema or len({f"{decay:g}" for decay in self.ema}) < len(self.ema):
             raise UserError(f"ema is {text_of(self.ema)}; give one or more distinct decay rates")
         if self.cfg_interval[0] > self.cfg_interval[1]:
             raise UserError(f"cfg_interval is {text_of(self.cfg_interval)}; it must rise, such as .2,.8")
@@ -199,8 +199,15 @@ def expand_home(text):
     return re.sub(r"(?<![^:=])~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
 
+def whole(text):
+    """An integer, which may be written as 1e4."""
+    if float(text) != int(float(text)):
+        raise ValueError(text)
+    return int(text) if text.lstrip("+-").isdigit() else int(float(text))
+
+
 # The type of a field: what parses its flag, and how -h shows the value.
-READERS = {str: (expand_home, "TEXT"), int: (int, "N"), float: (float, "X"), tuple: (numbers, "X,X"),
+READERS = {str: (expand_home, "TEXT"), int: (whole, "N"), float: (float, "X"), tuple: (numbers, "X,X"),
            float | str: (number_or_word, "X")}
 
 
@@ -208,11 +215,31 @@ def fail(message):
     raise UserError(message)
 
 
+# What other programs call it: ours.
+FOREIGN = {"resume": "the same command resumes by itself", "workers": "on a GPU four workers read the images",
+           "num_workers": "on a GPU four workers read the images", "learning_rate": "--lr",
+           "epochs": "--steps", "max_steps": "--steps", "num_steps": "--steps", "nfe": "--steps",
+           "wandb": "--report_to wandb", "tensorboard": "--report_to tensorboard", "bf16": "--dtype bfloat16",
+           "guidance": "--cfg_scale", "guidance_scale": "--cfg_scale", "cfg": "--cfg_scale",
+           "output_dir": "--out", "output": "--out", "num_images": "--num", "num_samples": "--num",
+           "model_name": "--model", "checkpoint": "--ckpt", "dataset": "--data", "data_dir": "--data",
+           "resolution": "--image_size"}
+
+
 def unknown(word, flags):
     """The message for a word that no flag takes."""
     if word.startswith("-"):
+        name = word.lstrip("-").replace("-", "_")
+        if f"--{name}" in flags:
+            return f"unknown flag {word}: write --{name}"
+        if name.startswith("no_") and f"--{name[3:]}" in flags:
+            return f"unknown flag {word}: write --no-{name[3:]}"
+        if name in FOREIGN:
+            return f"unknown flag {word}; here: {FOREIGN[name]}"
         return f"unknown flag {word}; nearest: {nearest(word, flags)}"
     meant = f"such as --recipe {word}" if word in RECIPES else "and --FLAG or --no-FLAG for yes and no"
+    if "--ckpt" in flags and os.path.exists(word):
+        meant = f"such as --ckpt {word}"
     return f"unexpected argument {word!r}: write --FLAG VALUE, {meant}"
 
 
@@ -222,7 +249,8 @@ def read_flags(options, argv, doc, row=None, epilog=""):
     parser = argparse.ArgumentParser(description=doc, epilog=epilog, usage="%(prog)s [--FLAG VALUE ...]",
                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      add_help=False)
-    parser.error = lambda message: fail(f"{message}; {parser.prog} -h lists the flags")
+    parser.error = lambda message: fail(f"{message.replace('ignored explicit argument', 'takes no value:')}; "
+                                        f"{parser.prog} -h lists the flags")
     parser.add_argument("-h", "--help", action="store_true", help="print this")
     flags, group, actions = [f for f in fields(options) if "help" in f.metadata], parser, {}
     for f in flags:
@@ -232,6 +260,8 @@ def read_flags(options, argv, doc, row=None, epilog=""):
         how = dict(action=argparse.BooleanOptionalAction)
         if base is not bool:
             how = dict(zip(("type", "metavar"), READERS[base]))
+        if base is tuple and f.name != "ema":
+            how["metavar"] = ",".join("X" * len(getattr(Config, f.name)))
         actions[f] = group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how)
     given, rest = parser.parse_known_args(argv)
     given = vars(given)

@@ -208,9 +208,12 @@ def image_grid(x, columns, side=64, titles=()):
     side, rows, top = x.shape[-1] * max(1, side // x.shape[-1]), -(-len(x) // columns), 18 if titles else 0
     cell = side + 4
     page = Image.new("RGB", (columns * cell - 4, top + rows * cell - 4), "white")
+    font = ImageFont.load_default(11)
     for k, title in enumerate(titles):
-        ImageDraw.Draw(page).text((k * cell + side / 2, 3), title[:side // 5], "black",
-                                  ImageFont.load_default(11), anchor="ma")
+        title = title.encode("utf-8", "replace").decode()       # a folder's name need not be UTF-8
+        while font.getlength(title) > side:
+            title = title[:-1]
+        ImageDraw.Draw(page).text((k * cell + side / 2, 3), title, "black", font, anchor="ma")
     for k, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()):
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3])
         image = image.resize((side, side), Image.Resampling.NEAREST)

@@ -34,6 +34,9 @@ os.umask(UMASK)     # the only way to read it is to set it
 def run(script):
     """Call script(). A UserError is printed in one line, with exit status 2; anything else is a bug and keeps
     its traceback."""
+    for stream in (sys.stdout, sys.stderr):     # a console that lacks a letter shows its number
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
     try:
         script()
     except UserError as error:
@@ -218,6 +221,7 @@ def gradient_sync(net, model, on):
 
 # ---- signals ------------------------------------------------------------------------------------------
 
+SAVE_AFTER = 600        # seconds after which a run saves, if nothing else made it
 STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 SAVE = [getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)]        # Windows has none
 
@@ -228,6 +232,7 @@ class Signals:
 
     def __init__(self, group):
         self.flags, self.group, self.asked = torch.zeros(2, dtype=torch.int32), group, math.inf
+        self.saved = time.monotonic()
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self.hear) for number in STOP + SAVE}
@@ -248,10 +253,15 @@ class Signals:
         self.flags[0] = number
 
     def agree(self):
-        """[signal to stop for, signal to save for], each 0 if there is none: the same in every process."""
+        """[signal to stop for, whether to save now], each 0 if not: the same in every process. A save is also
+        due ten minutes after the last one that was asked for here."""
+        if time.monotonic() - self.saved > SAVE_AFTER:
+            self.flags[1] = 1
         flags, self.flags[1] = self.flags.clone(), 0
         if self.group is not None:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        if flags[1]:
+            self.saved = time.monotonic()
         return flags.tolist()
 
 

@@ -31,7 +31,7 @@ def find_images(root, above=()):
     paths, skipped, above = [], collections.Counter(), (*above, os.path.realpath(root))
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         suffix = Path(entry.name).suffix.lower()
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name == "__MACOSX":      # what macOS puts into its zips
             skipped["hidden"] += 1
         elif entry.is_dir() and os.path.realpath(entry) not in above:
             inner, more = find_images(entry.path, above)

@@ -55,6 +55,9 @@ class Muon(torch.optim.AdamW):
         lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
         keep = 1 - self.found_inf               # 0: nothing changes, as in AdamW's kernel
         for shape, weights in self.matrices.items():
+            weights = [weight for weight in weights if weight.grad is not None]
+            if not weights:
+                continue
             for weight in weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)

@@ -131,15 +131,15 @@ def generate(pipeline, seeds, batch_size, rank=0, world=1, classes=None, on_step
 
 # ---- a page, or many ----------------------------------------------------------------------------------
 
-def check_out(out, height):
-    """UserError if `out` cannot be written, or if a page of this height in pixels is too large for it."""
+def check_out(out, width, height):
+    """UserError if `out` cannot be written, or if a page of this size in pixels is too large for it."""
     folder = Path(out).parent
     with as_one_error(f"cannot write into {folder.resolve()}", "give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError("no permission")
-    if height > LARGEST[Path(out).suffix.lower()]:
-        raise UserError(f"a page {height} pixels tall is too large for {out}: use --out samples.npz")
+    if max(width, height) > LARGEST[Path(out).suffix.lower()]:
+        raise UserError(f"a page of {width} x {height} pixels is too large for {out}: use --out samples.npz")
 
 
 def draw_page(pipeline, seeds, options, classes, columns, titles):
@@ -240,7 +240,8 @@ def main(options):
     usual = 12 if options.trajectory else columns * (4 if suffix == ".gif" else 8)
     seeds = read_seeds(options.seeds or f"0-{(options.num or usual) - 1}")
     rows = len(seeds) if options.trajectory else -(-len(seeds) // columns)
-    check_out(options.out, 18 + rows * (max(64, pipeline.net.input_size) + 4))
+    cell = max(64, pipeline.net.input_size) + 4
+    check_out(options.out, (steps if options.trajectory else columns) * cell, 18 + rows * cell)
     start = time.perf_counter()
     if suffix == ".npz":
         draw_npz(pipeline, seeds, options, classes)

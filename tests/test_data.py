@@ -273,6 +273,14 @@ def test_the_pixels_of_a_page():
     assert np.array_equal(grey[:16, :16], to_uint8(x)[0, 0, ..., None].expand(16, 16, 3))
 
 
+def test_titles_stay_in_their_columns():
+    """Whatever their length, and whatever bytes a folder's name has: the gaps between columns are white."""
+    x, names = torch.zeros(3, 3, 16, 16), ["WWWWWWWWWWWWWWWW", "a name of many words", "caf\udce9"]
+    page = np.asarray(image_grid(x, columns=3, side=64, titles=names))
+    assert (page[:18, 64:68] == 255).all() and (page[:18, 132:136] == 255).all()
+    assert all((page[:18, k * 68:k * 68 + 64] < 255).any() for k in range(3))
+
+
 def test_the_bytes_of_a_value():
     """FID's rounding: clamp(127.5 x + 128), rounded down; and the way back hits the same byte."""
     x = torch.tensor([-1.1, -1.0, -0.9961, -0.004, 0.0, 0.003, 0.0079, 0.99, 1.0, 1.2])

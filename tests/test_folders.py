@@ -11,6 +11,7 @@ from PIL import Image
 import fid
 import images
 import extras.latents as latents
+from images import find_classes
 from data import open_dataset
 
 
@@ -116,6 +117,14 @@ def test_every_image_is_read_upright_and_in_its_range(tmp_path):
         name = os.path.basename(path)
         assert x.shape == (20, 24) and (x[:, 0] < 12).all() and (x[:, -1] > 243).all(), name
         assert name == "png-1.png" or np.abs(x - np.linspace(0, 255, 24)).max() < 12, name
+
+
+def test_what_macos_packs_is_no_class(tmp_path):
+    for name in ("cats", "__MACOSX/cats", ".hidden"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    found = find_classes(tmp_path)
+    assert found.classes == ["cats"] and len(found.paths) == 1
 
 
 def test_transparency(tmp_path):

@@ -16,7 +16,7 @@ from toys import ROOT, Net, batch, calls_of
 
 from config import Config
 from experiments import bench
-from log import Log, LossByTime, draw_curves, flops_per_image, forwards
+from log import Log, LossByTime, draw_curves, flops_per_image, forwards, reporter
 from model import FAMILIES, MODELS, DiT
 from objective import Objective
 
@@ -149,6 +149,27 @@ def test_a_system_without_unix_signals_and_resource(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", resource)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert log["peak_memory"](torch.device("cpu")) == 3
+
+
+def test_reports_go_on_after_a_kill(tmp_path, monkeypatch):
+    """tensorboard forgets the steps that are repeated; wandb keeps one id per run; no login is one line."""
+    boards, runs = [], []
+    board = types.SimpleNamespace(SummaryWriter=lambda out, purge_step: boards.append(purge_step))
+    started = types.SimpleNamespace(log=print)
+    wandb = types.SimpleNamespace(util=types.SimpleNamespace(generate_id=lambda: f"id{len(runs)}"),
+                                  init=lambda **how: runs.append(how["id"]) or started)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for step in (0, 40):
+        for name in ("tensorboard", "wandb"):
+            reporter(Config(report_to=name), tmp_path, step)
+    assert boards == [1, 41] and runs == ["id0", "id0"]
+
+    def init(**how):
+        raise RuntimeError("api_key not configured\nmore")
+    wandb.init = init
+    with pytest.raises(ValueError, match=r"wandb does not start \(api_key not configured\): omit"):
+        reporter(Config(report_to="wandb"), tmp_path, 0)
 
 
 def test_a_state_that_appears_before_the_lock_is_not_lost(tmp_path):

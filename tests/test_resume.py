@@ -213,6 +213,20 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
         assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+def test_muon_leaves_what_has_no_gradient():
+    """A matrix that a loss does not reach, as another may after it."""
+    net = torch.nn.Module()
+    net.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+    optimizer, x = Muon(net, torch.float32, lr=0.1), torch.randn(3, 4)
+    for reached in (0, 1):
+        before = [block.weight.detach().clone() for block in net.blocks]
+        optimizer.zero_grad()
+        net.blocks[reached](x).square().sum().backward()
+        optimizer.step()
+        moved = [not torch.equal(block.weight, old) for block, old in zip(net.blocks, before)]
+        assert moved == [reached == 0, reached == 1]
+
+
 def test_radam_is_torchs():
     """In the early steps, which have no second moment, at their end, and after it; also from a state on."""
     net = small_net()

@@ -193,6 +193,16 @@ def test_the_precision_is_kept_on_resume(monkeypatch, capsys):
     assert headers == ["bfloat16", "bfloat16"] and load_model("runs/shapes")[1].dtype == "bfloat16"
 
 
+def test_ten_minutes_are_the_most_that_a_kill_can_cost(monkeypatch, capsys):
+    """On a clock that ticks four minutes per step a save is due after every third step."""
+    now, seen, save_state = [0.0], [], checkpoint.save_state
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now[0])
+    watched(monkeypatch, lambda optimizer: now.__setitem__(0, now[0] + 240))
+    monkeypatch.setattr(checkpoint, "save_state", lambda *a: seen.append(a[-1]) or save_state(*a))
+    train("--steps", 8, "--save_every", 100, capsys=capsys)
+    assert seen == [3, 6, 8]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has no SIGUSR1")
 @pytest.mark.parametrize("number, saves, end", [
     ("SIGUSR1", [3, 6], 6), ("SIGTERM", [3], 3), ("SIGINT", [3], 3)])
