@@ -218,13 +218,13 @@ def test_muon_leaves_what_has_no_gradient():
     net = torch.nn.Module()
     net.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4, bias=False) for _ in range(2))
     optimizer, x = Muon(net, torch.float32, lr=0.1), torch.randn(3, 4)
-    for reached in (0, 1):
+    for used in (0, 1):
         before = [block.weight.detach().clone() for block in net.blocks]
         optimizer.zero_grad()
-        net.blocks[reached](x).square().sum().backward()
+        net.blocks[used](x).square().sum().backward()
         optimizer.step()
         moved = [not torch.equal(block.weight, old) for block, old in zip(net.blocks, before)]
-        assert moved == [reached == 0, reached == 1]
+        assert moved == [used == 0, used == 1]
 
 
 def test_radam_is_torchs():
