@@ -39,12 +39,17 @@ def test_grid():
         assert_close(sample(Net(), z, y, times=times, kappa=0.3), expected, rtol=0, atol=0)
 
 
-def test_the_grid_of_auto_is_even_in_tau_on_every_transport():
+def test_the_grid_of_auto_is_the_same_on_every_transport():
+    """Even in tau + log(tau / (1 - tau)) / 32 from the tau of gap[0] to (N - 1)^-1.5 or the tau of gap[1]; it
+    may begin where tau is 1."""
     for name, row in TRANSPORTS.items():
         tau = tau_at(row, torch.tensor(time_grid(9, gap=(0.01, 1e-3), kappa="auto", transport=name)[:-1]))
         first, last = tau_at(row, torch.tensor([0.99, 1e-3])).tolist()
-        assert_close(tau, torch.linspace(first, max(last, 8**-1.5), 9), rtol=0, atol=1e-6)
-    assert_close(time_grid(9, gap=(0.01, 0.05), kappa="auto"), [*np.linspace(0.99, 0.05, 9).tolist(), 0.0])
+        assert_close(tau[[0, -1]].float(), torch.tensor([first, max(last, 8**-1.5)]), rtol=0, atol=1e-6)
+        clock = tau + (tau / (1 - tau)).log() / 32
+        steps = clock.diff()
+        assert_close(steps, steps.mean().expand(8), rtol=1e-3, atol=0)
+    assert time_grid(9, gap=(0.0, 0.05), kappa="auto")[0] == 1 and time_grid(1, gap=(0.0, 0.0), kappa="auto")[0] == 1
     assert_close(time_grid(1, kappa="auto"), [0.999, 0.0])
 
 
@@ -132,7 +137,7 @@ def test_auto_is_third_order_one_third_second_and_none_first(name, schedule):
               for kappa in ("auto", 1 / 3, 0.0)}
     ratio = {kappa: coarse / fine for kappa, (coarse, fine) in errors.items()}
     assert ratio["auto"] > 6 and 1.7 < ratio[0.0] < 2.4 and (ratio[1 / 3] > 3 or schedule[0] > 1)
-    assert errors["auto"][0] < errors[1 / 3][1] < errors[0.0][1]
+    assert 5 * errors["auto"][1] < errors[1 / 3][1] < errors[0.0][1]
 
 
 def test_the_corrector_is_exact_for_a_velocity_quadratic_in_tau():
