@@ -260,8 +260,9 @@ def read_flags(options, argv, doc, row=None, epilog=""):
         how = dict(action=argparse.BooleanOptionalAction)
         if base is not bool:
             how = dict(zip(("type", "metavar"), READERS[base]))
-        if base is tuple and f.name != "ema":
-            how["metavar"] = ",".join("X" * len(getattr(Config, f.name)))
+        usual = getattr(Config, f.name, f.default)      # of sample.py's flags the default is None
+        if base is tuple and len(usual) > 1:
+            how["metavar"] = ",".join("X" * len(usual))
         actions[f] = group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how)
     given, rest = parser.parse_known_args(argv)
     given = vars(given)
