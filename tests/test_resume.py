@@ -41,7 +41,7 @@ def test_resume_is_exact(capsys, name):
     out = train("--steps", 20, "--out", "halves", *RUNS[name], capsys=capsys)
     assert "resumed from halves/state_00000010" in out
     assert_same("straight", "halves")
-    keys = ("step", "loss", "loss_by_t", "grad_norm", "lr")
+    keys = ("step", "images", "loss", "loss_by_t", "grad_norm", "lr")
     logs = [[[line[key] for key in keys] for line in log_of(out) if "loss" in line]
             for out in ("straight", "halves")]
     assert logs[0] == logs[1] and [line[0] for line in logs[0]] == [5, 10, 15, 20]
@@ -100,6 +100,16 @@ def test_a_complete_run_says_so_and_fresh_starts_over(capsys):
     assert "this run is complete" in train("--steps", 2, capsys=capsys)
     assert "resumed" not in train("--steps", 2, "--fresh", capsys=capsys)
     assert Path("runs/shapes.old1/model.safetensors").exists()
+
+
+def test_a_restart_by_torchrun_does_not_start_over(capsys, monkeypatch):
+    """Its agent repeats the command, --fresh and all, after a process is lost."""
+    train("--steps", 2, "--fresh", capsys=capsys)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "resumed from runs/shapes/state_00000002" in train("--steps", 4, "--fresh", capsys=capsys)
+    assert not Path("runs/shapes.old1").exists()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert "resumed" not in train("--steps", 4, "--fresh", capsys=capsys)
 
 
 def test_other_settings_are_refused_by_name(capsys):

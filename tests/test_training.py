@@ -57,13 +57,15 @@ def test_each_step_has_its_rate(monkeypatch, capsys):
     config = Config(steps=12, warmup=4, warmdown=0.5, lr=0.01)
     assert rates == [[learning_rate(config, step)] for step in range(12)]
     assert len({rate for rate, in rates}) == 9          # rising to 3, level to 6, falling
+    assert {line["step"]: line["lr"] for line in log_of("runs/shapes") if "lr" in line} == {
+        5: rates[4][0], 10: rates[9][0], 12: rates[11][0]}
 
 
 def test_the_averages_by_hand(capsys):
     """Two steps; the decay rate is (1 + step) / (10 + step) at first, then what was asked for."""
-    train("--steps", 1, "--ema", "0.999,0.05", "--style", "ft-vs-fe", capsys=capsys)
+    train("--steps", 1, "--ema", "0.05,0.999", "--style", "ft-vs-fe", capsys=capsys)
     one = {name: part("runs/shapes", name) for name in ("net", "ema0.999", "ema0.05", "teacher")}
-    train("--steps", 2, "--ema", "0.999,0.05", "--style", "ft-vs-fe", capsys=capsys)
+    train("--steps", 2, "--ema", "0.05,0.999", "--style", "ft-vs-fe", capsys=capsys)
     two = {name: part("runs/shapes", name) for name in one}
     for name, decays in {"ema0.999": (1 / 10, 2 / 11), "ema0.05": (0.05, 0.05),
                          "teacher": (1 / 10, 2 / 11)}.items():
@@ -93,7 +95,7 @@ def test_the_model_is_the_average(capsys):
 
 def test_page_and_held_out_loss_are_of_the_average(capsys):
     """By hand from model.safetensors: at 256 even times, with the noise of seed 0, and no label dropped."""
-    train("--steps", 4, "--zeta", 0, capsys=capsys)
+    train("--steps", 4, "--zeta", 0, "--ema", "0.9,0.1", capsys=capsys)
     pipeline = open_pipeline("runs/shapes", CPU, "float32")
     page = np.asarray(Image.open("runs/shapes/grid_0000004.png"))
     assert np.array_equal(page, np.asarray(preview(pipeline)))
