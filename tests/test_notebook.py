@@ -26,7 +26,7 @@ def test_the_stored_notebook_is_one_run_with_its_pictures():
     assert counts == list(range(1, len(counts) + 1))
     for output in outputs(notebook):
         assert output["output_type"] == "display_data" or output["name"] == "stdout", output
-    assert len(pictures(notebook)) == 7 and NOTEBOOK.stat().st_size < 2**20
+    assert len(pictures(notebook)) == 8 and NOTEBOOK.stat().st_size < 2**20
 
 
 @pytest.mark.slow
