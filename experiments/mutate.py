@@ -4,7 +4,8 @@
     python experiments/mutate.py --only checkpoint.py   # those of one file
 
 A change is caught if one of the fast tests fails. The files in TESTS are tried first; a change that they miss
-meets all the fast tests. What survives is listed at the end, and the status is then 1.
+meets all the fast tests. What survives is listed at the end, with what ran out of time, and the status is
+then 1.
 """
 import os
 import shutil
@@ -38,12 +39,12 @@ class Options:
     only: str = setting("", "changes of this file; empty: all")
     first: int = setting(0, "the number of the first change to make")
     whole: bool = setting(True, "what the first files miss meets all the fast tests")
-    limit: float = setting(600.0, "seconds after which the tests count as failed")
+    limit: float = setting(600.0, "seconds that the tests of a change may take")
 
 
 def passes(folder, files, limit):
-    """Whether these test files pass in a folder, or all of the fast tests if there are none. They run in a
-    fork, which has torch already."""
+    """Whether these test files pass in a folder, or all of the fast tests if there are none; None: they took
+    too long. They run in a fork, which has torch already."""
     process = os.fork()
     if process == 0:
         os.chdir(folder)
@@ -66,7 +67,7 @@ def passes(folder, files, limit):
         time.sleep(0.05)
     os.killpg(process, 9)
     os.waitpid(process, 0)
-    return False
+    return None
 
 
 def main(options):
@@ -89,9 +90,10 @@ def main(options):
             if missed and options.whole:
                 missed = passes(str(copy), [], options.limit)
             (copy / name).write_text(text)
-            word = "caught" if not missed else "equivalent" if old in EQUIVALENT else "SURVIVED"
+            word = {False: "caught", True: "SURVIVED", None: "TIMED OUT"}[missed]
+            word = "equivalent" if missed and old in EQUIVALENT else word
             print(f"{k} {name} {word} in {time.monotonic() - start:.0f} s: {old!r} -> {new!r}", flush=True)
-            if word == "SURVIVED":
+            if word in ("SURVIVED", "TIMED OUT"):
                 survivors.append((name, old, new))
     print(f"\n{len(changes)} changes, {len(survivors)} survived")
     for name, old, new in survivors:

@@ -92,7 +92,8 @@ CHANGES = [
     ("config.py", "least <= v <= most and abs(v) < math.inf", "least <= v <= most"),
     ("config.py", "grad_clip: float = setting(1.0,", "grad_clip: float = setting(0.0,"),
     ("config.py", "enhance_range: tuple = (0.0, 0.75)", "enhance_range: tuple = (0.0, 1.0)"),
-    ("config.py", "not self.ema or len(set(self.ema)) < len(self.ema)", "not self.ema"),
+    ("config.py", 'not self.ema or len({f"{decay:g}" for decay in self.ema}) < len(self.ema)',
+     "not self.ema"),
     ("config.py", '{"steps": self.sample_steps} | {k: v', '{"steps": Config.sample_steps} | {k: v'),
     ("config.py", "in given.items() if v is not None}", "in given.items() if v}"),
     # what may differ when a run resumes
