@@ -12,7 +12,7 @@ import torchvision.datasets as sets
 from PIL import Image
 from torch.testing import assert_close
 
-from data import image_grid, open_dataset, to_uint8, uint8_reader
+from data import image_grid, noise_like_seed, open_dataset, to_uint8, uint8_reader
 from images import read_square
 from shapes import SHAPES, Shapes, derive_seed, uniforms
 
@@ -299,3 +299,31 @@ def test_npz_images_pixel_by_pixel(tmp_path):
         data = open_dataset(f"npz:{tmp_path / 'x.npz'}", seed=3)
         assert_is_the_set(data, np.moveaxis(x, 3, 1) if x.ndim == 4 else x[:, None], np.arange(30) % 4)
         assert data.names == ["a", "b", "c", "d"]
+
+
+def test_noise_of_a_seed_and_a_step_is_standard_and_fresh():
+    """That of the start, of each step and of each seed are independent."""
+    pairs = [(seed, step) for seed in (3, 4) for step in (None, 0, 1, 2)]
+    rows = [noise_like_seed([seed], (3, 50, 50), step)[0].flatten() for seed, step in pairs]
+    correlation = torch.corrcoef(torch.stack(rows))
+    assert (correlation - torch.eye(8)).abs().max() < 0.05
+    assert all(abs(row.mean()) < 0.05 and abs(row.std() - 1) < 0.03 for row in rows)
+
+
+def test_classes_by_number_end_at_the_last_and_can_be_forgotten(npz):
+    data = open_dataset(npz, labels="none")
+    assert data.names == [] and (data[np.arange(40)][1] == 0).all() and len(data) == 40
+    assert (open_dataset(npz, labels="2")[np.arange(13)][1] == 0).all()
+    with pytest.raises(ValueError, match="no class '3'; use 0..2"):
+        open_dataset(npz, labels="3")
+
+
+def test_labels_stay_with_their_images_where_one_cannot_be_read(tmp_path):
+    """The first of class a is damaged: the others keep their classes."""
+    for k, (label, value) in enumerate([("a", 40), ("a", 80), *[("b", 120 + j) for j in range(40)]]):
+        (tmp_path / label).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / label / f"{k:02}.png")
+    (tmp_path / "a/00.png").write_bytes(b"no image")
+    data = open_dataset(f"folder:{tmp_path}", 8)
+    x, y = data[np.arange(len(data))]
+    assert len(data) == 41 and y.tolist() == [int(v > 100) for v in to_uint8(x)[:, 0, 0, 0].tolist()]
