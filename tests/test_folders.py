@@ -11,7 +11,7 @@ from PIL import Image
 import fid
 import images
 import extras.latents as latents
-from images import find_classes
+from images import find_classes, read_square, scale_to_8_bit
 from data import open_dataset
 
 
@@ -117,6 +117,30 @@ def test_every_image_is_read_upright_and_in_its_range(tmp_path):
         name = os.path.basename(path)
         assert x.shape == (20, 24) and (x[:, 0] < 12).all() and (x[:, -1] > 243).all(), name
         assert name == "png-1.png" or np.abs(x - np.linspace(0, 255, 24)).max() < 12, name
+
+
+@pytest.mark.parametrize("size, box", [((8, 20), (0, 6)), ((20, 8), (6, 0)), ((8, 8), (0, 0))])
+def test_the_middle_of_an_image_is_kept(tmp_path, size, box):
+    """Pixel by pixel: of a tall image the middle rows, of a wide one the middle columns."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    left, top = box
+    expected = pixels[top:top + 8, left:left + 8].transpose(2, 0, 1)
+    assert np.array_equal(read_square(tmp_path / "x.png", 8), expected)
+
+
+@pytest.mark.parametrize("mode, dtype, top", [
+    ("I;16", np.uint16, 65535), ("I", np.int32, 65535), ("I", np.int32, 2**31 - 1), ("F", np.float32, 1),
+    ("F", np.float32, 255)])
+def test_wide_pixels_are_scaled_by_the_range_of_their_kind(mode, dtype, top):
+    """Also a dark image of 16 bits, whose values all lie below 255."""
+    x = np.array([[0, 0.25, 0.5]]) * top
+    image = Image.fromarray(x.astype(dtype))
+    expected = [0, 64, 128] if top != 65535 else [0, 64, 127]
+    assert abs(np.asarray(scale_to_8_bit(image)).ravel().astype(int) - expected).max() <= 1
+    if mode == "I;16":
+        dark = Image.fromarray(np.array([[0, 200]], np.uint16))
+        assert np.asarray(scale_to_8_bit(dark)).ravel().tolist() == [0, 1]
 
 
 def test_what_macos_packs_is_no_class(tmp_path):
