@@ -201,9 +201,7 @@ def expand_home(text):
 
 def whole(text):
     """An integer, which may be written as 1e4."""
-    if float(text) != int(float(text)):
-        raise ValueError(text)
-    return int(text) if text.lstrip("+-").isdigit() else int(float(text))
+    return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)
 
 
 # The type of a field: what parses its flag, and how -h shows the value.
@@ -215,7 +213,7 @@ def fail(message):
     raise UserError(message)
 
 
-# What other programs call it: ours.
+# Flags of other programs, and what to use here.
 FOREIGN = {"resume": "the same command resumes by itself", "workers": "on a GPU four workers read the images",
            "num_workers": "on a GPU four workers read the images", "learning_rate": "--lr",
            "epochs": "--steps", "max_steps": "--steps", "num_steps": "--steps", "nfe": "--steps",
@@ -234,8 +232,11 @@ def unknown(word, flags):
             return f"unknown flag {word}: write --{name}"
         if name.startswith("no_") and f"--{name[3:]}" in flags:
             return f"unknown flag {word}: write --no-{name[3:]}"
-        if name in FOREIGN:
-            return f"unknown flag {word}; here: {FOREIGN[name]}"
+        ours = FOREIGN.get(name, "")
+        if ours.split(" ")[0] in flags:
+            return f"unknown flag {word}: use {ours}"
+        if ours and not ours.startswith("--"):
+            return f"unknown flag {word}: {ours}"
         return f"unknown flag {word}; nearest: {nearest(word, flags)}"
     meant = f"such as --recipe {word}" if word in RECIPES else "and --FLAG or --no-FLAG for yes and no"
     if "--ckpt" in flags and os.path.exists(word):

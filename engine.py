@@ -221,7 +221,7 @@ def gradient_sync(net, model, on):
 
 # ---- signals ------------------------------------------------------------------------------------------
 
-SAVE_AFTER = 600        # seconds after which a run saves, if nothing else made it
+SAVE_AFTER = 600        # seconds without a checkpoint after which a run saves
 STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 SAVE = [getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)]        # Windows has none
 
@@ -253,15 +253,13 @@ class Signals:
         self.flags[0] = number
 
     def agree(self):
-        """[signal to stop for, whether to save now], each 0 if not: the same in every process. A save is also
-        due ten minutes after the last one that was asked for here."""
+        """[signal to stop for, whether to save now], each 0 if not: the same in every process. A save is due
+        on SIGUSR1, and SAVE_AFTER after self.saved, the time of the last one."""
         if time.monotonic() - self.saved > SAVE_AFTER:
             self.flags[1] = 1
         flags, self.flags[1] = self.flags.clone(), 0
         if self.group is not None:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
-        if flags[1]:
-            self.saved = time.monotonic()
         return flags.tolist()
 
 

@@ -278,9 +278,9 @@ def pick_features(options, model):
         raise UserError("compare with what? give --ref, such as in1k256_fid_ref.npz or folder:real")
     if options.ref and (options.effnet or options.features not in ("", "inception")):
         raise UserError("--effnet and --features NAME compare --ckpt with --data: leave --ref out")
-    if name not in ("shapes", *TORCHVISION):        # only these have features in assets/, by their name
-        stem = Path(path).stem
-        name = f"{name}-{stem}" if stem in ("shapes", *TORCHVISION) else stem
+    stem, kinds = Path(path).stem, ("shapes", *TORCHVISION)
+    if name not in kinds:           # a folder or a file is named after itself, but never as one of these
+        name = f"{name}-{stem}" if stem in kinds else stem
     return options.features or ("inception" if options.ref else name)
 
 

@@ -185,8 +185,8 @@ def check_sampler(transport, times, kappa, rho, order, cfg_scale, null):
     """ValueError if these exclude each other. times as from time_grid; null: the null class or None."""
     if len(times) < 2 or times[0] > 1 or any(now <= after for now, after in zip(times, times[1:])):
         raise ValueError(f"times must fall from at most 1 towards 0, found {times[:-1]}")
-    is_word = isinstance(kappa, str) and kappa != "auto" or isinstance(rho, str) and rho != "sde"
-    if is_word or rho != "sde" and not 0 <= rho <= 1:
+    rho_is_known = rho == "sde" or not isinstance(rho, str) and 0 <= rho <= 1
+    if isinstance(kappa, str) and kappa != "auto" or not rho_is_known:
         raise ValueError(f"kappa {kappa!r} must be a number or auto, rho {rho!r} a number in 0..1 or sde")
     if kappa == "auto" and (rho != 0 or order == 2):
         raise ValueError(f"kappa auto needs rho 0 and order 1, found {rho} and {order}: give a number for it")

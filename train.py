@@ -302,6 +302,7 @@ def main(config):                                                               
                 evaluate(pipeline, objective, teacher, held_out, step, out, log)
             if stop or ((due or save_now) and moved):
                 saved = save(nets, optimizer, config, data.names, step, out, log)
+                signals.saved = time.monotonic()
             if stop or step == config.steps:
                 break
             if due or save_now:

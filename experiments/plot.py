@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 CENTRES = torch.tensor([[1.2, 0.9], [-1.3, 0.7], [-0.3, -1.2], [0.9, -0.5]])
+ON_A_LINE = CENTRES[:3, :1]
 WIDTH = 0.12
 
 
@@ -43,10 +44,10 @@ def mixture(count, generator):
     return CENTRES[kind] + WIDTH * torch.randn(count, 2, generator=generator)
 
 
-def exact(x_t, t, y=None):
+def exact(x_t, t, y=None, centres=CENTRES):
     """The velocity E[z - x | x_t] of the linear path: each Gaussian's own, weighted by how likely it is."""
     t = t.view(-1, 1, 1).double()
-    centres = CENTRES.double()[None]                                                # (1, K, 2)
+    centres = centres.double()[None]                                                # (1, K, 2)
     spread = t**2 + ((1 - t) * WIDTH) ** 2                                          # (B, 1, 1)
     off = x_t.double()[:, None] - (1 - t) * centres                                 # (B, K, 2)
     likely = (-off.square().sum(-1, keepdim=True) / spread / 2).softmax(1)          # (B, K, 1)
@@ -124,10 +125,9 @@ def straight(transport, taus, z):
         points.append(x[:, 0])
         alpha, gamma, alpha_hat, gamma_hat = transport.at(t, x)                         # (B, 1)
         tau, u = alpha / (alpha + gamma), x / (alpha + gamma)
-        spread, off = tau**2 + ((1 - tau) * WIDTH) ** 2, u - (1 - tau) * CENTRES[:3, 0]     # (B, 1), (B, 3)
-        likely = (-off.square() / spread / 2).softmax(1)
-        x_hat = (likely * (CENTRES[:3, 0] + (1 - tau) * WIDTH**2 / spread * off)).sum(1, keepdim=True)
-        return transport.sign * (alpha_hat * (x - gamma * x_hat) / alpha + gamma_hat * x_hat)
+        v = exact(u, tau, centres=ON_A_LINE)
+        x_hat = u - tau * v
+        return transport.sign * (alpha_hat * (x_hat + v) + gamma_hat * x_hat)
     x = z[:, None] * (transport.alpha(torch.tensor(times[0])) + transport.gamma(torch.tensor(times[0])))
     sample(exact_net, x, torch.zeros(len(z)).long(), transport, times=times.tolist(), kappa="auto")
     return torch.from_numpy(times), torch.stack(points)
@@ -142,7 +142,7 @@ def main_straight(out):
     off = max((u - of_u["linear"]).abs().max().item() for u in of_u.values())
     print(f"{len(found)} transports, one path: at equal tau their u differ by at most {off:.0e}")
     figure, panels = plt.subplots(1, 6, figsize=(14, 3.2), width_ratios=[1] * 5 + [1.7])
-    kind = (of_u["linear"][-1][:, None] - CENTRES[:3, 0]).abs().argmin(1)
+    kind = (of_u["linear"][-1][:, None] - ON_A_LINE[:, 0]).abs().argmin(1)
     lines = {name: found[name] for name in ("linear", "trigflow", "edm", "random", "ddpm")}
     lines["all nine: u against tau"] = torch.from_numpy(taus), of_u["linear"]
     for panel, (name, (t, x)) in zip(panels, lines.items()):
@@ -182,7 +182,10 @@ def main_paths(out, train_steps):
 
 def main(name, options):
     out = options.out or str(ASSETS / f"{name}.png")
-    main_straight(out) if name == "straight" else main_paths(out, options.train_steps)
+    if name == "straight":
+        main_straight(out)
+    else:
+        main_paths(out, options.train_steps)
     print(f"look at {out}")
 
 

@@ -205,19 +205,22 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("train.py", "--resume runs/shapes", "the same command resumes"),
     ("train.py", "--workers 4", "four workers"),
     ("train.py", "--no_compile", "write --no-compile"),
-    ("train.py", "--learning_rate 1e-3", "here: --lr"),
+    ("train.py", "--learning_rate 1e-3", "use --lr"),
     ("train.py", "--wandb", "--report_to wandb"),
     ("train.py", "--guidance 4", "--cfg_scale"),
-    ("train.py", "--epochs 3", "here: --steps"),
+    ("train.py", "--epochs 3", "use --steps"),
     ("train.py", "--batch-size 64", "write --batch_size"),
-    ("train.py", "--output_dir x", "here: --out"),
-    ("train.py", "--model_name TiT-S/2", "here: --model"),
+    ("train.py", "--output_dir x", "use --out"),
+    ("train.py", "--model_name TiT-S/2", "use --model"),
     ("train.py", "--compile=False", "--compile/--no-compile: takes no value"),
     ("train.py", "--steps 1.5", "steps"),
+    ("train.py", "--steps inf", "steps"),
+    ("train.py", "--steps 1e999", "steps"),
+    ("train.py", "--num_images 4", "nearest: "),
     ("train.py", "--ema=", "ema"),
     ("train.py", "--ema .9,.90000001", "distinct"),
     ("sample.py", "list.pt", "such as --ckpt list.pt"),
-    ("sample.py", "--num_images 4", "here: --num"),
+    ("sample.py", "--num_images 4", "use --num"),
     ("sample.py", "--trajectory --steps 2000", "samples.npz"),
     ("train.py", "--recipe Shapes", "nearest: shapes,"),
     ("train.py", "--data images", "give folder:images"),
@@ -286,6 +289,8 @@ def test_defaults_then_recipe_then_flags():
     few = read_config(flags.split(), "")
     assert few.lam == RECIPES["shapes-few"]["lam"] == 1 and few.out == "runs/shapes-few"
     assert (few.lr, few.betas, few.kappa, few.cosine_loss, few.x_pred) == (0, (0.5, 0.6), 0.3, True, False)
+    assert read_config(["--steps", "1e4"], "").steps == 10_000
+    assert read_config(["--seed", f"{2**62 + 1}"], "").seed == 2**62 + 1
     assert read_config(["--kappa", "auto"], "").kappa == "auto" and read_config(["--out", "x"], "").out == "x"
     given = ([], ["--compile"], ["--no-compile"])
     assert [read_config(words, "").compile for words in given] == [None, True, False]
