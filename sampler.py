@@ -98,8 +98,8 @@ def next_u(calls, now, after, u, v):
 
     First correct, then predict. u was a prediction, and v is the network's answer there. Now that v is known
     at both ends of the step that led to u, repeat that step with the last three v (Adams-Moulton), at no
-    further call. Then predict with the last two (Adams-Bashforth). The last step goes straight along v, and
-    so do images whose v changed by more than .3 of itself; if by more than itself, they are not corrected.
+    further call. Then predict with the last two (Adams-Bashforth). Images whose v changed by more than .3 of
+    itself go straight along v; if by more than itself, they are not corrected.
     """
     change = torch.ones_like(u)
     if calls:
@@ -109,8 +109,7 @@ def next_u(calls, now, after, u, v):
         corrected = u_previous + integral([*calls, (now, u, v)], tau_previous, now)          # (B, ...)
         u = torch.where(change < 1, corrected, u)
     calls[:] = [*calls[-1:], (now, u, v)]
-    straight = u + (after - now) * v
-    return torch.where(change < 0.3, u + integral(calls, now, after), straight) if after else straight
+    return u + torch.where(change < 0.3, integral(calls, now, after), (after - now) * v)
 
 
 def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
@@ -119,14 +118,14 @@ def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
     t (N + 1,): the grid, on the CPU. predicted: x_hat and z_hat (B, ...) at t[i]. calls: an empty list at the
     first step of a run, then what the steps leave in it. kappa, rho, noise(i): as in sample().
     """
-    (x_hat, z_hat), is_last = predicted, i == len(t) - 2
+    if i == len(t) - 2:                 # the images are the last answer: a correction would bring noise back
+        return predicted
+    x_hat, z_hat = predicted
     alpha, gamma = transport.alpha(t[i + 1]).item(), transport.gamma(t[i + 1]).item()
     if kappa == "auto":
-        now, after = tau_at(transport, t[i]).item(), 0.0 if is_last else alpha / (alpha + gamma)
+        now, after = tau_at(transport, t[i]).item(), alpha / (alpha + gamma)
         u = next_u(calls, now, after, now * z_hat + (1 - now) * x_hat, z_hat - x_hat)
-        return u if is_last else (alpha + gamma) * u, z_hat
-    if is_last:
-        return predicted
+        return (alpha + gamma) * u, z_hat
     if kappa and i >= 2:                # as published; 1/3 is of second order, more sharpens
         x_hat, z_hat = (now + kappa * (now - previous) for now, previous in zip(predicted, calls[-1]))
     calls[:] = [predicted]              # not the extrapolated ones: x carries each correction on
@@ -170,7 +169,7 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
         predicted = denoise(x, i)
         x_next, z_hat = next_x(transport, t, i, predicted, calls, kappa, rho if order == 1 else 0.0, noise)
         if on_step:
-            on_step(i, times[i], (x_next if i == last else predicted[0]).to(z.dtype))
+            on_step(i, times[i], predicted[0].to(z.dtype))
         if order == 2 and i < last:     # Heun: repeat the step with the mean of this noise and the next
             (a, a_next), (g, g_next) = (f(t[i:i + 2]).tolist() for f in (transport.alpha, transport.gamma))
             z_mean = (z_hat + denoise(x_next, i + 1)[1]) / 2

@@ -221,14 +221,16 @@ def test_guidance_is_linear_in_the_output_and_closed_at_its_ends():
     assert_close(ours, sample(net, z, ones, times=times))
 
 
-def test_dtype_gradients_and_what_on_step_sees():
+@pytest.mark.parametrize("kappa", [0.4, "auto"])
+def test_dtype_gradients_and_what_on_step_sees(kappa):
+    """on_step sees the network's own answers, and the images are the last of them."""
     z, y = start(dtype=torch.float32)
     net, seen = Net().float(), []
     calls = calls_of(net)
-    x = sample(net, z, y, steps=4, kappa=0.4, on_step=lambda *given: seen.append(given))
+    x = sample(net, z, y, steps=4, kappa=kappa, on_step=lambda *given: seen.append(given))
     assert {v.dtype for x_t, t, _ in calls for v in (x_t, t)} == {torch.float32} == {x.dtype}
     assert not x.requires_grad and all(p.requires_grad for p in net.parameters())
-    assert [given[:2] for given in seen] == list(enumerate(time_grid(4)[:-1]))
+    assert [given[:2] for given in seen] == list(enumerate(time_grid(4, kappa=kappa)[:-1]))
     assert_close(seen[-1][2], x, rtol=0, atol=0)
 
 
