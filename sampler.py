@@ -98,7 +98,7 @@ def next_u(calls, now, after, u, v):
 
     First correct, then predict. u was a prediction, and v is the network's answer there. Now that v is known
     at both ends of the step that led to u, repeat that step with the last three v (Adams-Moulton), at no
-    further call. Then predict with the last two (Adams-Bashforth). Images whose v changed by more than .3 of
+    further call. Then predict with the last two (Adams-Bashforth). Images whose v changed by more than .5 of
     itself go straight along v; if by more than itself, they are not corrected.
     """
     change = torch.ones_like(u)
@@ -109,7 +109,7 @@ def next_u(calls, now, after, u, v):
         corrected = u_previous + integral([*calls, (now, u, v)], tau_previous, now)          # (B, ...)
         u = torch.where(change < 1, corrected, u)
     calls[:] = [*calls[-1:], (now, u, v)]
-    return u + torch.where(change < 0.3, integral(calls, now, after), (after - now) * v)
+    return u + torch.where(change < 0.5, integral(calls, now, after), (after - now) * v)
 
 
 def next_x(transport, t, i, predicted, calls, kappa, rho, noise):

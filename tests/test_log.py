@@ -14,9 +14,9 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import ROOT, Net, batch, calls_of
 
-from config import Config
+from config import Config, UserError
 from experiments import bench
-from log import Log, LossByTime, draw_curves, flops_per_image, forwards, reporter
+from log import Log, LossByTime, draw_curves, flops_per_image, forwards, last_words, reporter
 from model import FAMILIES, MODELS, DiT
 from objective import Objective
 
@@ -46,8 +46,8 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
     log = Log(tmp_path, Config(), 0, print)
     for step in (2, 4, 6):
         log.write({"step": step, "loss": step / 10})
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 8, "lo')
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(b'\xff\xfe\n{"step": 8, "lo')
     log.close()
     log = Log(tmp_path, Config(seed=1), 4, print)
     log.write({"step": 6, "loss": 0.9})
@@ -64,6 +64,22 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
     log.write({"step": 1, "loss": 1.0})
     assert len(told) == 1 and "log.jsonl" in told[0]
+
+
+def test_what_is_not_finite_or_not_there_is_null(tmp_path):
+    """JSON has no nan. A report without a single finite loss has no mean."""
+    log = Log(tmp_path, Config(), 0, print)
+    log.write({"step": 1, "loss": math.nan, "held_out_loss": math.inf, "lr": 0.5})
+    log.close()
+    last = (tmp_path / "log.jsonl").read_text().splitlines()[-1]
+    assert last == '{"step": 1, "loss": null, "held_out_loss": null, "lr": 0.5}'
+    empty = LossByTime(Objective(), torch.device("cpu")).take()
+    assert empty == {"loss": None, "loss_by_t": [None] * 5}
+
+
+def test_a_stopped_run_whose_last_state_is_not_on_disk_says_so():
+    with pytest.raises(UserError, match="step 7 is not in runs/shapes: free some disk space"):
+        last_words(Config(out="runs/shapes"), signal.SIGTERM, 7, 0, saved=False)
 
 
 def test_the_curves_are_where_they_belong(tmp_path):
@@ -90,7 +106,7 @@ def test_the_curves_are_where_they_belong(tmp_path):
 # ---- the cost -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), dict(lam=1.0),
+    dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(zeta=0.0, style="ft-vs-fe"), dict(lam=0.5), dict(lam=1.0),
     dict(lam=1.0, derivative="backward"), dict(lam=1.0, zeta=1.0, style="fc-vs-fe"),
     dict(lam=1.0, zeta=1.0, style="fc-vs-xz", derivative="backward")])
 def test_forwards_counts_the_calls(settings):
