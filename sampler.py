@@ -98,18 +98,21 @@ def next_u(calls, now, after, u, v):
 
     First correct, then predict. u was a prediction, and v is the network's answer there. Now that v is known
     at both ends of the step that led to u, repeat that step with the last three v (Adams-Moulton), at no
-    further call. Then predict with the last two (Adams-Bashforth). Images whose v changed by more than .5 of
-    itself go straight along v; if by more than itself, they are not corrected.
+    further call. Then predict (Adams-Bashforth): with three v for images whose v changed by less than .1 of
+    itself, with two if by less than .5, else straight along v; if by more than itself, do not correct either.
     """
     change = torch.ones_like(u)
     if calls:
         tau_previous, u_previous, v_previous = calls[-1]
         change = (v - v_previous).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)          # (B,)
         change = expand(change, v)                                                           # (B, 1, ...)
-        corrected = u_previous + integral([*calls, (now, u, v)], tau_previous, now)          # (B, ...)
+        corrected = u_previous + integral([*calls[-2:], (now, u, v)], tau_previous, now)     # (B, ...)
         u = torch.where(change < 1, corrected, u)
-    calls[:] = [*calls[-1:], (now, u, v)]
-    return u + torch.where(change < 0.5, integral(calls, now, after), (after - now) * v)
+    calls[:] = [*calls[-2:], (now, u, v)]
+    step = (after - now) * v
+    for points, limit in ((2, 0.5), (3, 0.1)):
+        step = torch.where(change < limit, integral(calls[-points:], now, after), step)
+    return u + step
 
 
 def next_x(transport, t, i, predicted, calls, kappa, rho, noise):

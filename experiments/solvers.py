@@ -102,7 +102,7 @@ def old_auto(v, u, taus):
 
 
 def predictor(v, u, taus):
-    """kappa "auto" without its corrector: the same grid and weights, of second order."""
+    """kappa "auto" with two v throughout and without its corrector, on the same grid: second order."""
     calls = []
     for now, after in zip(taus, [*taus[1:], 0.0]):
         calls = [*calls[-1:], (now, u, v(u, now))]
