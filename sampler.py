@@ -5,18 +5,11 @@ At each time the network says which data and which noise it sees in x, and the n
     x_hat, z_hat = predict(net, transport, x, t_i, y)
     x = alpha(t_{i+1}) z_hat + gamma(t_{i+1}) x_hat
 
-The rest is optional: extrapolate (kappa), replace part of the noise (rho), look ahead (order 2).
+The rest is optional: extrapolate (kappa), replace part of the noise (rho), look ahead (order 2). With none of
+them this is Euler's method on flow matching and DDIM on DDPM; README.md has a table of what else it is.
 
-| setting                     | is                                                                       |
-|-----------------------------|--------------------------------------------------------------------------|
-| linear, kappa 0             | Euler's method on the flow (flow matching)                               |
-| ddpm or trigflow, kappa 0   | DDIM                                                                     |
-| edm, order 2                | Heun's method of EDM                                                     |
-| any, rho 1                  | multistep sampling of consistency models                                 |
-| any, kappa "auto"           | Adams' predictor and corrector: third order at one call per step         |
-
-"auto" rests on one fact: every path is the straight path. Let tau = alpha / (alpha + gamma), which falls to
-0, and u = x / (alpha + gamma). Then du / dtau = v = z_hat - x_hat on every transport.
+kappa "auto" rests on one fact: every path is the straight path. Let tau = alpha / (alpha + gamma), that falls
+to 0, and u = x / (alpha + gamma). Then du / dtau = v = z_hat - x_hat on every transport.
 """
 from functools import partial
 
