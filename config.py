@@ -122,6 +122,8 @@ class Config:
 
     # Fields without help are not flags: settings of a recipe, and what is filled in from the data.
     enhance_range: tuple = (0.0, 0.75)  # times at which the enhancement is at full strength
+    clip: float = 1.0                   # largest |D|; 0: no limit
+    log_loss: bool = False              # log(mean square + c^2) in place of the root
     about: str = ""                     # what the recipe is
     latent_mean: tuple = ()
     latent_std: tuple = ()

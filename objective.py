@@ -173,17 +173,19 @@ class Objective:
     label_drop: float = 0.1                     # probability of the null class
     derivative: str = "central"                 # at lam = 1: central or backward difference, or jvp (exact)
     dt: float = 0.005                           # step of these differences
+    clip: float = 1.0                           # largest |D|; 0: no limit
+    log_loss: bool = False                      # log(mean square + c^2) in place of the root
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of: {', '.join(allowed)}")
         in_range = {"lam": 0 <= self.lam <= 1, "label_drop": 0 <= self.label_drop <= 1, "dt": self.dt > 0,
-                    "zeta": self.zeta >= 0, "huber": self.huber >= 0,
+                    "zeta": self.zeta >= 0, "huber": self.huber >= 0, "clip": self.clip >= 0,
                     "time_beta": len(self.time_beta) == 3 and all(theta > 0 for theta in self.time_beta)}
         if wrong := [f"{name} {getattr(self, name)}" for name, is_good in in_range.items() if not is_good]:
-            raise ValueError(f"{', '.join(wrong)} is out of range: lam and label_drop lie in 0..1, zeta and "
-                             "huber are at least 0, dt and the three numbers of time_beta are positive")
+            raise ValueError(f"{', '.join(wrong)} is out of range: lam and label_drop lie in 0..1; zeta, "
+                             "huber and clip are at least 0; dt and the parts of time_beta are positive")
         if self.zeta > 0 and self.style == "none":
             raise ValueError(f"zeta {self.zeta} needs a style: ft-vs-fe, fc-vs-fe or fc-vs-xz")
         if self.zeta > 0 and self.style == "ft-vs-fe" and self.lam > 0:
@@ -239,11 +241,13 @@ class Objective:
                 # Consistency asks for D = 0. x_hat changes with F_t at the rate alpha / d, which gives the
                 # direction of the target. The weight 4 / sin(pi t/2) and the clip, which keeps one image from
                 # dominating the batch, are the paper's choices; it gives no derivation.
-                target = F_t - alpha / d * 4 / expand(sin(t), d) * D.clamp(-1, 1)
+                D = D.clamp(-self.clip, self.clip) if self.clip else D
+                target = F_t - alpha / d * 4 / expand(sin(t), d) * D
 
         square = (F_t - target).square().flatten(1).mean(1)                                  # (B,)
         # The root of 0 has an infinite slope. The clamp makes its gradient 0.
-        loss = (square + self.huber**2).clamp_min(torch.finfo(x.dtype).tiny).sqrt() - self.huber
+        square = (square + self.huber**2).clamp_min(torch.finfo(x.dtype).tiny)
+        loss = square.log() if self.log_loss else square.sqrt() - self.huber
         if self.cosine_loss:        # eps: torch's 1e-8 gives an output that starts at 0 a huge gradient
             loss = loss + (1 - F.cosine_similarity(F_t, target, dim=1, eps=1e-3)).flatten(1).mean(1)
         return self.weight(t) * loss
