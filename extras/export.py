@@ -98,7 +98,7 @@ def make_transformer(net):
 
 
 def export(path, out, vae=""):
-    """Write the model that --ckpt finds at path to the folder out. UserError: diffusers cannot do so."""
+    """Write the model that --ckpt finds at path to the folder out. UserError: diffusers lacks what it has."""
     net, config, _ = load_model(path)
     if found := obstacles(net, config):
         raise UserError(f"{path} has {', '.join(found)}: a DiTPipeline cannot express that")
