@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import ROOT, Net, batch, calls_of
 
 from config import Config, UserError
-from experiments import bench
+from experiments import bench, memory
 from log import Log, LossByTime, draw_curves, flops_per_image, forwards, last_words, reporter
 from model import FAMILIES, MODELS, DiT
 from objective import Objective
@@ -198,3 +198,10 @@ def test_a_state_that_appears_before_the_lock_is_not_lost(tmp_path):
         Log(tmp_path, Config(), 0, print)
     assert '"step": 7' in (tmp_path / "log.jsonl").read_text()
     Log(tmp_path, Config(), 7, print).close()
+
+
+def test_the_count_of_memory_is_the_sum_of_what_each_layer_needs():
+    """A linear layer keeps its input and a square its argument; the weights are there anyway."""
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 32))
+    loss = lambda n: memory.kept(net, lambda: net(torch.zeros(n, 8)).square().sum())
+    assert loss(1) == 4 * (8 + 16 + 32) and loss(5) == 5 * loss(1)
