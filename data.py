@@ -103,10 +103,14 @@ def from_arrays(x, y, names, seed, mirror=False):
     """A FiniteDataset of x uint8 (N, S, S, C) or (N, S, S) and y integers (N,) from 0. names of the classes;
     None: the numbers that occur in y."""
     x, y = np.asarray(x), np.asarray(y)
-    good_x = x.dtype == np.uint8 and x.ndim in (3, 4) and x.shape[1] == x.shape[2]
-    if not good_x or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
-        raise UserError(f"found x {x.dtype} {x.shape}, y {y.dtype} {y.shape}; "
-                         "expected x uint8 (N, S, S, C) or (N, S, S), y integers (N,) from 0")
+    cures = {"x = (255 * x).round().astype('uint8')": x.dtype != np.uint8,
+             "x = x.transpose(0, 2, 3, 1)": x.ndim == 4 and x.shape[1] < min(x.shape[2:]),
+             "s = min(x.shape[1:3]); x = x[:, :s, :s]": x.ndim not in (3, 4) or x.shape[1] != x.shape[2],
+             "y = y.argmax(1)": y.ndim == 2, "y = y[:len(x)]": y.shape[:1] != x.shape[:1],
+             "y = y.astype(int)": y.dtype.kind not in "iu", "y = y - y.min()": y.min(initial=0) < 0}
+    if wrong := [cure for cure, applies in cures.items() if applies]:
+        raise UserError(f"found x {x.dtype} {x.shape}, y {y.dtype} {y.shape}; expected x uint8 (N, S, S, C) "
+                        f"or (N, S, S), y integers (N,) from 0. Perhaps: {wrong[0]}")
     x = np.moveaxis(x, 3, 1) if x.ndim == 4 else x[:, None]
     x = np.ascontiguousarray(x)                                                         # (N, C, S, S)
     if not names:
@@ -118,7 +122,8 @@ def from_arrays(x, y, names, seed, mirror=False):
 def open_npz(path, seed):
     if not Path(path).is_file():
         raise UserError(f"no file {path}; expected an npz file with arrays x and y")
-    with (as_one_error(f"{path} is not an npz file with arrays x and y", "use another copy"),
+    cure = "numpy.savez('data.npz', x=x, y=numpy.zeros(len(x), int)) makes one without classes"
+    with (as_one_error(f"{path} is not an npz file with arrays x and y", cure),
           np.load(path, allow_pickle=False) as file):
         x, y = file["x"], file["y"]
         names = list(map(str, file["names"])) if "names" in file else None

@@ -189,7 +189,8 @@ class Objective:
         if self.zeta > 0 and self.style == "none":
             raise ValueError(f"zeta {self.zeta} needs a style: ft-vs-fe, fc-vs-fe or fc-vs-xz")
         if self.zeta > 0 and self.style == "ft-vs-fe" and self.lam > 0:
-            raise ValueError(f"style ft-vs-fe is for lam 0, found {self.lam}; use fc-vs-fe or fc-vs-xz")
+            raise ValueError(f"style ft-vs-fe is for lam 0, found {self.lam}: fine-tune a trained model with "
+                             "python train.py --recipe shapes-few, or use fc-vs-fe or fc-vs-xz")
         if resolve(self.transport).is_singular() and self.lam > 0:
             able = ", ".join(name for name, row in TRANSPORTS.items() if not row.is_singular())
             raise ValueError(f"{self.transport} cannot train with lam > 0, since at one end its output does "

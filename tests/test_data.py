@@ -12,7 +12,8 @@ import torchvision.datasets as sets
 from PIL import Image
 from torch.testing import assert_close
 
-from data import image_grid, noise_like_seed, open_dataset, to_uint8, uint8_reader
+from config import UserError
+from data import from_arrays, image_grid, noise_like_seed, open_dataset, to_uint8, uint8_reader
 from images import read_square
 from shapes import SHAPES, Shapes, derive_seed, uniforms
 
@@ -288,6 +289,23 @@ def test_the_bytes_of_a_value():
     values = np.arange(256, dtype=np.uint8)
     read = uint8_reader(values.reshape(256, 1, 1, 1))(np.arange(256), np.zeros(256, bool))
     assert to_uint8(read).flatten().tolist() == values.tolist() and (read[0], read[255]) == (-1, 1)
+
+
+@pytest.mark.parametrize("x, y", [
+    (np.full((6, 8, 8, 3), 0.5), np.arange(6)), (np.zeros((6, 3, 8, 8), np.uint8), np.arange(6)),
+    (np.zeros((6, 8, 12, 3), np.uint8), np.arange(6)), (np.zeros((6, 8, 8), np.uint8), np.arange(6) - 1),
+    (np.zeros((6, 8, 8), np.uint8), np.arange(6.0)), (np.zeros((6, 8, 8), np.uint8), np.eye(6)),
+    (np.zeros((6, 3, 8, 12)), np.eye(7) - 1)])
+def test_the_message_about_wrong_arrays_names_the_line_that_mends_them(x, y):
+    """Lines are run as they are told, until the arrays are taken."""
+    arrays = {"x": x, "y": y}
+    for _ in range(7):
+        try:
+            data = from_arrays(arrays["x"], arrays["y"], None, 0)
+            break
+        except UserError as error:
+            exec(str(error).split("Perhaps: ")[1], arrays)
+    assert len(data) == 6 and data.shape[1:] == (8, 8)
 
 
 def test_npz_images_pixel_by_pixel(tmp_path):
