@@ -308,26 +308,18 @@ def ignore_disk_errors(what, tell, transient=TRANSIENT):
         tell(f"{what} could not be written ({error}): the run goes on; free some disk space")
 
 
-def check_folder(folder):
-    """Create the folder of --out. UserError: it cannot be written."""
-    with as_one_error(f"cannot write into {Path(folder).resolve()}", "give another --out"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("no permission")
-
-
 def claim_folder(out):
-    """Keep other runs out of a folder, until the lock returned is released or the process ends. UserError:
-    it cannot be written, or another process holds it."""
-    check_folder(out)
+    """Create a folder and keep other runs out of it, until the lock returned is released or the process ends.
+    UserError: the folder cannot be written, or another process holds it."""
     path = Path(out) / ".lock"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(path)
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise UserError(f"{out} is in use by {path.read_text()}: stop it, or give another --out") from error
-    except OSError as error:                    # a file system without locks
-        raise UserError(f"cannot lock {path} ({error}): give another --out") from error
+    except OSError as error:
+        raise UserError(f"cannot write into {out} ({error}): give another --out") from error
     with contextlib.suppress(OSError):          # Windows lets nobody write to a locked file
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     return lock

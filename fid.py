@@ -26,7 +26,7 @@ from config import SamplerFlags, UserError, command_line, read_flags, setting
 class Options(SamplerFlags):
     ckpt: str = setting("", "score images drawn from this model: a run or a file, as for sample.py", "images")
     images: str = setting("", "score these images instead: folder:PATH, or an .npz of uint8 images")
-    num: int = setting(10000, "number of images to draw; published FIDs use 50000", least=2)
+    num: int = setting(10000, "number of images to draw; published FIDs use 50000", least=1)
     seed: int = setting(0, "draw the seeds from seed * num to (seed + 1) * num - 1", least=0)
     ref: str = setting("", "compare with these: statistics (.npz), or images as for --images", "comparison")
     data: str = setting("", "for FD-NAME, the real images, as for train.py; empty: the model's training data")
@@ -62,8 +62,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import TORCHVISION, open_dataset, to_uint8
-from engine import (as_one_error, check_folder, gather, init_distributed, leave_distributed, pick_device,
-                    print0, rank_and_world, rank_batches, run)
+from engine import (as_one_error, gather, init_distributed, leave_distributed, pick_device, print0,
+                    rank_and_world, rank_batches, run)
 from features import RESIZE, Inception, file_hash, shipped, small_features, train_features
 from images import check_unreadable, find_images, listed, read_batch, read_rgb
 from sample import generate, open_pipeline, save_arrays
@@ -273,9 +273,6 @@ def pick_features(options, model):
     """inception, or the NAME of a classifier. UserError if it is not clear what to compare."""
     if bool(options.ckpt) == bool(options.images):
         raise UserError("which images? give either --ckpt RUN or --images folder:PATH")
-    for source in filter(None, (options.images, options.ref)):
-        if not Path(source.removeprefix("folder:")).exists():
-            raise UserError(f"there is no {source}; give folder:PATH, or an .npz file")
     name, _, path = (options.data or (model.config.data if model else "")).partition(":")
     if not options.ref and (options.images or options.features == "inception" or name == "latents"):
         raise UserError("compare with what? give --ref, such as in1k256_fid_ref.npz or folder:real")
@@ -387,12 +384,12 @@ def evaluate(options):
 
 def write_statistics(options):
     """Write the mean and covariance of real images as mu and sigma, which pytorch-fid and ADM read, too."""
-    check_folder(Path(options.out).parent)
     features = Inception(options.weights).to(pick_device(options.device))
     found = collect(stored_images(options.stats, options.batch_size), None, features)
     mean, covariance = found.moments()
     made = json.dumps({"n": found.n, "source": options.stats, "resize": RESIZE, "weights": features.hash})
     if rank_and_world()[0] == 0:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         save_arrays(options.out, made=made, mu=mean.numpy(), sigma=covariance.numpy())
     print0(f"{options.out}: {made}. Next: python fid.py --images folder:PATH --ref {options.out}")
 

@@ -30,9 +30,9 @@ from tqdm import tqdm
 from checkpoint import (build, load_model, newest_state, read_state, restore_state, save_state, set_aside,
                         state_tensors)
 from data import open_dataset, select_labels
-from engine import (Signals, atomic_write, autocast, can_compile, check_folder, fix_order, from_rank0,
-                    gradient_sync, ignore_disk_errors, init_distributed, leave_distributed, pick_device,
-                    pick_dtype, print0, rank_and_world, run, spare_threads, wrap)
+from engine import (Signals, atomic_write, autocast, can_compile, fix_order, from_rank0, gradient_sync,
+                    ignore_disk_errors, init_distributed, leave_distributed, pick_device, pick_dtype, print0,
+                    rank_and_world, run, spare_threads, wrap)
 from log import (Log, LossByTime, describe, draw_curves, flops_per_image, last_words, preview, ticking,
                  utilisation)
 from optim import (Skipped, can_capture, clip_gradient, finite_mean, learning_rate, make_optimizer,
@@ -100,7 +100,6 @@ def find_state(config):
     """The latest valid state of the run, or None. --fresh renames its folder, unless torchrun restarts it."""
     if config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         set_aside(config.out)
-    check_folder(config.out)        # before the data are read
     return newest_state(config.out)
 
 

@@ -161,13 +161,12 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_the_start(capsys):
     """For root it is one that the kernel keeps; Linux has it."""
     out = "run" if os.geteuid() else "/sys/run"
     Path("run").mkdir(mode=0o555)
-    assert f"cannot write into {Path(out).resolve()}" in refused("--out", out, capsys=capsys)
+    assert f"cannot write into {out}" in refused("--steps", 2, "--out", out, capsys=capsys)
 
 
-def test_out_below_a_file_is_refused_before_data_are_read(capsys):
+def test_out_below_a_file_is_refused_at_the_start(capsys):
     Path("file").write_text("")
-    said = refused("--data", "npz:missing.npz", "--out", "file/run", capsys=capsys)
-    assert f"cannot write into {Path('file/run').resolve()}" in said
+    assert "cannot write into file/run" in refused("--steps", 2, "--out", "file/run", capsys=capsys)
 
 
 def test_modes_and_folder_flushes_are_best_effort(monkeypatch):
