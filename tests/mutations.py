@@ -233,6 +233,7 @@ CHANGES = [
     ("extras/hub.py", '("test", "validation", "train") if test else ("train",)', '("train",)'),
     ("extras/hub.py", "typed if len(typed) == 1 else named", "named"),
     ("extras/hub.py", "in typed or data.column_names if", "in data.column_names if"),
+    ("fid.py", '("shapes", "folder:", "hf:")', '("shapes", "folder:")'),
     ("extras/hub.py", "names, y = feature.names, column.to_numpy()", "names = feature.names"),
     ("extras/hub.py", "column.null_count or y.min() < 0", "column.null_count"),
     ("extras/hub.py", "column.null_count or y.min() < 0", "y.min() < 0"),

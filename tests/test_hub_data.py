@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from runs import train_nano as train
 from torch.testing import assert_close
 
+import fid
 import images
 from data import open_dataset, to_uint8
 
@@ -131,10 +133,13 @@ def test_arrow_is_decoded_once(home, monkeypatch):
 
 
 def test_columns_are_found_by_type_then_by_name():
-    """Two kinds of classes, as in CIFAR-100: fine_label. Words are classes in their order; numbers too."""
-    fine, image = datasets.ClassLabel(names=list("abcd")), datasets.Image()
-    kinds = {"img": image, "fine_label": fine, "coarse_label": datasets.ClassLabel(names=NAMES)}
-    columns = {"img": pictures_of(), "fine_label": np.arange(COUNT) % 4, "coarse_label": LABELS}
+    """The only one of its type whatever its name; of two kinds of classes fine_label, as in CIFAR-100. Words
+    and numbers are classes in their order."""
+    fine, coarse = datasets.ClassLabel(names=list("abcd")), datasets.ClassLabel(names=NAMES)
+    kinds = {"picture": datasets.Image(), "img": datasets.Value("string"), "label": datasets.Value("string"),
+             "fine_label": fine, "coarse_label": coarse}
+    columns = {"picture": pictures_of(), "img": ["a name"] * COUNT, "label": ["a word"] * COUNT,
+               "fine_label": np.arange(COUNT) % 4, "coarse_label": LABELS}
     datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).save_to_disk("two")
     data = open_dataset("hf:two", 8, labels="c")
     assert len(data) == COUNT // 4 and open_dataset("hf:two", 8).names == list("abcd")
@@ -146,6 +151,13 @@ def test_columns_are_found_by_type_then_by_name():
     to_set(pictures_of()).remove_columns("label").save_to_disk("none")
     data = open_dataset("hf:none", 8, labels="none")
     assert data.names == [] and len(data) == COUNT and (data[np.arange(9)][1] == 0).all()
+
+
+def test_scores_open_it_at_the_size_of_the_model(monkeypatch):
+    to_set(pictures_of()).save_to_disk("set")
+    monkeypatch.setattr(fid, "small_features", lambda *given: None)
+    model = SimpleNamespace(shape=(3, 16, 16), config=SimpleNamespace(data="hf:set", labels="all"))
+    assert fid.open_classifier(fid.Options(), model, "hf")[1].shape == model.shape
 
 
 def test_a_damaged_image_is_named_and_left_out(capsys):
