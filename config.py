@@ -74,8 +74,8 @@ class Config:
     grad_checkpoint: bool = setting(False, "recompute activations: less memory, a third more time")
 
     data: str = setting("shapes", "shapes, mnist[:DIR], fashion[:DIR], cifar10[:DIR] (downloaded to DIR), "
-                        "folder:PATH, npz:PATH or latents:DIR", "data")
-    image_size: int = setting(0, "side in pixels, for shapes and folders; 0: 32", least=0)
+                        "folder:PATH, hf:NAME[:SPLIT] (hub or a path), npz:PATH or latents:DIR", "data")
+    image_size: int = setting(0, "side in pixels, for shapes, folder: and hf:; 0: 32", least=0)
     labels: str = setting("all", "all; none: all images, without classes; or one class, by name or number")
     vae: str = setting("", "autoencoder of the latents: sd-ema sd-mse e2e-vavae vavae dc-ae, or NAME=PATH")
 

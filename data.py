@@ -11,6 +11,7 @@
 | cifar10     | 32x32 colour photographs, also downloaded; mirrored at random                   |
 | folder:PATH | one sub-folder per class, any size: resized, centre-cropped, mirrored at random |
 | npz:PATH    | arrays x (uint8; N, H, W, C or N, H, W), y (integers), perhaps names            |
+| hf:NAME     | a set of the library datasets, opened by extras/hub.py; else as folder:PATH     |
 | latents:DIR | latents, opened by extras/latents.py; mirrored at random                        |
 
 A finite set is reshuffled each epoch. A stream has no state, so nothing has to be saved and processes need
@@ -28,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from config import UserError
 from engine import as_one_error, locked, one_line, print0
-from images import find_classes, read_folder
+from images import find_classes, read_images, read_square
 from shapes import Shapes, derive_seed, uniforms
 
 # ---- finite sets --------------------------------------------------------------------------------------
@@ -92,10 +93,10 @@ def uint8_reader(x):
 def open_folder(path, size, seed, cache):
     folder = find_classes(path)
     print0(folder)
-    x, rows = read_folder(folder, size, cache)
-    labels, names = np.asarray(folder.labels)[rows], np.asarray(folder.names(), object)[rows]
-    sizes = [os.path.getsize(folder.paths[row]) for row in rows]
-    identity = "\n".join(f"{name} {size}" for name, size in zip(names, sizes)).encode()
+    read = lambda file: read_square(os.path.join(path, file[0]), size)
+    x, rows = read_images(folder.files, read, size, path, "images", folder.fingerprint(size), cache)
+    labels, files = np.asarray(folder.labels)[rows], (folder.files[row] for row in rows)
+    identity = "\n".join(f"{name} {size}" for name, size, _ in files).encode(errors="surrogateescape")
     return FiniteDataset(uint8_reader(x), labels, x.shape[1:], folder.classes, seed, True, identity)
 
 
@@ -150,9 +151,10 @@ def open_dataset(name, size=None, seed=0, labels="all", cache=None, test=False):
     """The stream called `name`: a row of the table above, except latents. It has .shape (C, S, S), .names of
     the classes, .fingerprint, select(class), hold_out(count), and len() if it is finite.
 
-    size: of the images, for shapes and folders (default 32); the others have a size of their own. labels:
-    "all", "none" (all images, without classes), or one class, by name or number. cache: a folder in which
-    the images of folder:PATH are kept as one array. test: the set's test images, if it has any.
+    size: of the images, for shapes, folder: and hf: (default 32); the others have a size of their own.
+    labels: "all", "none" (all images, without classes), or one class, by name or number. cache: a folder that
+    keeps the decoded images of folder: and hf:, which are then memory-mapped. test: the set's test images, if
+    it has any.
     """
     kind, _, path = name.partition(":")
     path = os.path.expanduser(path)
@@ -160,12 +162,15 @@ def open_dataset(name, size=None, seed=0, labels="all", cache=None, test=False):
         data = Shapes(size or 32, seed)
     elif kind == "folder":
         data = open_folder(path, size or 32, seed, cache)
+    elif kind == "hf":
+        from extras.hub import open_hub
+        data = open_hub(path, size or 32, seed, labels, cache, test)
     elif kind == "npz":
         data = open_npz(path, seed)
     elif kind in TORCHVISION:
         data = open_torchvision(kind, path or "data", seed, test)
     else:
-        known = ", ".join(["shapes", *TORCHVISION, "folder:PATH", "npz:PATH"])
+        known = ", ".join(["shapes", *TORCHVISION, "folder:PATH", "hf:NAME", "npz:PATH"])
         if Path(name).exists():
             known = f"npz:{name}" if name.endswith(".npz") else f"folder:{name}"
         raise UserError(f"unknown data {name!r}; give {known}")

@@ -327,9 +327,9 @@ def classifier_scores(name, fake, real, floor, labelled=True):
 def open_classifier(options, model, name):
     """(features, the real images) for FD-NAME."""
     source = options.data or model.config.data
-    size = model.shape[-1] if source.startswith(("shapes", "folder:")) else None
-    open_stream = partial(open_dataset, source, size)
+    size = model.shape[-1] if source.startswith(("shapes", "folder:", "hf:")) else None
     folder = options.ckpt if Path(options.ckpt).is_dir() else Path.home() / ".cache" / "nanoucgm"
+    open_stream = partial(open_dataset, source, size, cache=folder)
     features = small_features(name, open_stream, folder)
     if options.effnet:
         from extras.effnet import WithEffNet

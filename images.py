@@ -3,8 +3,8 @@
 Training, encoding and scoring all find and read images here, so all three see the same images.
 """
 import collections
-import contextlib
 import hashlib
+import io
 import json
 import os
 import textwrap
@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from config import UserError
-from engine import as_one_error, atomic_write, locked, rank_and_world
+from engine import as_one_error, atomic_write, locked, print0, rank_and_world
 
 CACHE_FROM = 500            # a folder with fewer images is read again at each start
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".ppm", ".pgm"}
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 # ---- finding images -----------------------------------------------------------------------------------
@@ -30,17 +30,16 @@ def find_images(root, above=()):
     into the folders `above`."""
     paths, skipped, above = [], collections.Counter(), (*above, os.path.realpath(root))
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        suffix = Path(entry.name).suffix.lower()
         if entry.name.startswith(".") or entry.name == "__MACOSX":      # what macOS puts into its zips
             skipped["hidden"] += 1
         elif entry.is_dir() and os.path.realpath(entry) not in above:
             inner, more = find_images(entry.path, above)
             paths += inner
             skipped += more
-        elif entry.is_file() and suffix in EXTENSIONS:
+        elif entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
             paths.append(entry.path)
         else:
-            skipped[suffix or "other"] += 1
+            skipped[Path(entry.name).suffix.lower() or "other"] += 1
     return paths, skipped
 
 
@@ -50,23 +49,18 @@ def listed(counts):
 
 class Folder(NamedTuple):
     root: str
-    paths: list
-    labels: list                # the class number of each path
+    files: list                 # (name below root, bytes, time of modification in ns) of each image
+    labels: list                # the class number of each image
     classes: list               # the names of the sub-folders that contain images
     skipped: collections.Counter
 
-    def names(self):
-        return [os.path.relpath(path, self.root) for path in self.paths]
-
     def fingerprint(self, *more):
         """A hash of the files' names, sizes and modification times, and of `more`."""
-        stats = map(os.stat, self.paths)
-        rows = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(self.names(), stats)]
-        return hashlib.sha256(json.dumps([rows, self.classes, more]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self.files, self.classes, more]).encode()).hexdigest()[:16]
 
     def __str__(self):
         classes = collections.Counter(self.classes[k] for k in self.labels)
-        return (f"{self.root}: {len(self.paths)} images in {len(self.classes)} classes "
+        return (f"{self.root}: {len(self.files)} images in {len(self.classes)} classes "
                 f"({textwrap.shorten(listed(classes), 200)}); skipped: {listed(self.skipped)}")
 
 
@@ -75,13 +69,19 @@ def find_classes(root):
     expected = "expected one sub-folder per class: PATH/cats/1.png, PATH/dogs/2.jpg"
     with as_one_error(f"cannot read folder {root}", expected):
         paths, skipped = find_images(root)
-    kept = [path for path in paths if Path(path).parent != Path(root)]
-    if not kept:
+        inside, start = [], len(os.path.join(root, ""))
+        for path in paths:
+            name = path[start:]
+            if os.sep in name:
+                stat = os.stat(path)
+                inside.append((name, stat.st_size, stat.st_mtime_ns))
+    if not inside:
         raise UserError(f"no images in the sub-folders of {root}; {expected}")
-    skipped["outside a class"] = len(paths) - len(kept)
-    names = [Path(path).relative_to(root).parts[0] for path in kept]
+    skipped["outside a class"] = len(paths) - len(inside)
+    names = [name.partition(os.sep)[0] for name, *_ in inside]
     classes = sorted(set(names))
-    return Folder(str(root), kept, [classes.index(name) for name in names], classes, +skipped)
+    numbers = {name: k for k, name in enumerate(classes)}
+    return Folder(str(root), inside, [numbers[name] for name in names], classes, +skipped)
 
 
 # ---- reading images -----------------------------------------------------------------------------------
@@ -94,9 +94,10 @@ def scale_to_8_bit(image):
     return Image.fromarray((x.clip(0) * (255 / top)).round().astype(np.uint8))
 
 
-def read_rgb(path, on_white=True):
-    """An upright RGB Pillow image. Transparent parts become white, or keep their colour if not on_white."""
-    with as_one_error(f"cannot read {path}", "replace or remove it"), Image.open(path) as image:
+def read_rgb(file, on_white=True, name=None):
+    """An upright RGB Pillow image of a path, or of an open file called `name`. Transparent parts become
+    white, or keep their colour if not on_white."""
+    with as_one_error(f"cannot read {name or file}", "replace or remove it"), Image.open(file) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             image = scale_to_8_bit(image)
@@ -106,9 +107,9 @@ def read_rgb(path, on_white=True):
         return image.convert("RGB")
 
 
-def read_square(path, size):
-    """uint8 (3, size, size): the shorter side resized to size, then a centre crop."""
-    return np.asarray(ImageOps.fit(read_rgb(path), (size, size))).transpose(2, 0, 1)
+def read_square(file, size, name=None):
+    """uint8 (3, size, size): the shorter side resized to size, then a centre crop. file, name: as above."""
+    return np.asarray(ImageOps.fit(read_rgb(file, name=name), (size, size))).transpose(2, 0, 1)
 
 
 def read_batch(paths, numbers, read):
@@ -140,29 +141,47 @@ def check_unreadable(reasons, count):
         raise UserError(f"{len(reasons)} of {count} images cannot be read; the last: {reasons[-1]}")
 
 
-# ---- a folder as one array ----------------------------------------------------------------------------
+# ---- images as one array ------------------------------------------------------------------------------
 
-def read_folder(folder, size, cache=None):
-    """(images uint8 (N, 3, size, size), the index in the Folder of each). cache: a folder that keeps the
-    array, memory-mapped from then on until the files change."""
-    count, rows, bad = len(folder.paths), [], []
-    file = Path(cache or "") / f"images{size}_{folder.fingerprint(size)}.npy"
-    rows_file, use_cache = file.with_suffix(".json"), bool(cache) and count >= CACHE_FROM
+def write_images(items, read, title, file):
+    """Write the bytes of read(item), uint8, one after another, of all items that can be read. Returns their
+    indices."""
+    rows, bad = [], []
+    for images, reasons in tqdm(read_many(items, read), title, delay=1, disable=rank_and_world()[0] > 0):
+        for image in images.values():
+            file.write(image.tobytes())
+        rows += images
+        bad += reasons.values()
+    check_unreadable(bad, len(items))
+    return rows
+
+
+def read_images(items, read, size, title, name, key, cache=None):
+    """(images uint8 (N, 3, size, size), the index in items of each): read(item) of all that can be read.
+
+    cache: a folder that keeps them in a file, under `name` and until `key` (16 hexadecimal digits) changes.
+    It is memory-mapped: the processes of a machine share its pages, and the system drops those not in use.
+    """
+    use_cache, shape = bool(cache) and len(items) >= CACHE_FROM, (-1, 3, size, size)
+    file = Path(cache or "") / f"{name}{size}_{key}.bin"
+    rows_file = file.with_suffix(".json")
+
+    def write(path):
+        with open(path, "wb") as opened:
+            rows.extend(write_images(items, read, title, opened))
     with locked(cache if use_cache else None):
-        if use_cache and rows_file.is_file():
-            return np.load(file, mmap_mode="r"), json.loads(rows_file.read_text())
-        x = np.empty((count, 3, size, size), np.uint8)
-        batches = read_many(folder.paths, lambda path: read_square(path, size))
-        for images, reasons in tqdm(batches, folder.root, delay=1, disable=rank_and_world()[0] > 0):
-            for k, image in images.items():
-                x[len(rows)] = image
-                rows.append(k)
-            bad += reasons.values()
-        check_unreadable(bad, count)
-        if use_cache:
-            with contextlib.suppress(OSError):      # a disk that does not take it: it stays in memory
-                for old in file.parent.glob(f"images{size}_{'[0-9a-f]' * 16}.*"):
+        if use_cache and not (file.is_file() and rows_file.is_file()):
+            try:
+                for old in file.parent.glob(f"{name}{size}_{'[0-9a-f]' * 16}.*"):
                     old.unlink()
-                np.save(file, x[:len(rows)])
+                rows = []
+                atomic_write(file, write)
                 atomic_write(rows_file, lambda path: path.write_text(json.dumps(rows)))     # last: done
-    return x[:len(rows)], rows
+            except OSError as error:
+                print0(f"{file} cannot be written ({error}): the images stay in memory")
+                use_cache = False
+        if use_cache:
+            return np.memmap(file, np.uint8, "r").reshape(shape), json.loads(rows_file.read_text())
+    buffer = io.BytesIO()
+    rows = write_images(items, read, title, buffer)
+    return np.frombuffer(buffer.getbuffer(), np.uint8).reshape(shape), rows

@@ -238,7 +238,7 @@ def encode(options):
         raise UserError(f"data is {options.data!r}; expected folder:PATH with images such as PATH/cats/1.jpg")
     folder = find_classes(os.path.expanduser(options.data.removeprefix("folder:")))
     print0(folder)
-    device, out, count = pick_device(options.device), Path(options.out), len(folder.paths)
+    device, out, count = pick_device(options.device), Path(options.out), len(folder.files)
     autoencoder = Autoencoder(options.vae, (0.0,), (1.0,)).to(device)
     settings = {"vae": options.vae.partition("=")[0], "weights": autoencoder.hash(), "size": options.size,
                 "shard": options.shard, "classes": folder.classes}
@@ -250,9 +250,9 @@ def encode(options):
     unreadable, bar = 0, tqdm(total=share, unit="image", disable=rank > 0)
     for path, first in list(shards.items())[rank::world]:
         last = first + options.shard
-        part = folder._replace(paths=folder.paths[first:last], labels=folder.labels[first:last])
+        part = folder._replace(files=folder.files[first:last], labels=folder.labels[first:last])
         if path.is_file() and is_current(path, settings, part):
-            bar.update(len(part.paths))
+            bar.update(len(part.files))
             continue
         tensors, kept, bad = encode_shard(autoencoder, part, first, options, device, bar)
         unreadable += len(bad)
@@ -287,8 +287,11 @@ def encode_shard(autoencoder, part, first, options, device, bar):
     """(tensors, names of the encoded images, [name, reason] of the others) of a part of a Folder. Its image k
     is encoded with noise number first + k."""
     batches, kept, bad = {"latents": [], "latents_flip": []}, [], []
-    read = lambda path: np.asarray(centre_crop(read_rgb(path), options.size)).transpose(2, 0, 1)
-    for images, reasons in read_many(part.paths, read, options.batch_size, options.workers):
+
+    def read(file):
+        image = read_rgb(os.path.join(part.root, file[0]))
+        return np.asarray(centre_crop(image, options.size)).transpose(2, 0, 1)
+    for images, reasons in read_many(part.files, read, options.batch_size, options.workers):
         bar.update(len(images) + len(reasons))
         bad += reasons.items()
         kept += images
@@ -300,7 +303,7 @@ def encode_shard(autoencoder, part, first, options, device, bar):
             batches[name].append(autoencoder.encode(view, noise).float().cpu().contiguous())
     tensors = {name: torch.cat(rows) if rows else torch.zeros(0, 1, 1, 1) for name, rows in batches.items()}
     tensors["labels"] = torch.tensor([part.labels[k] for k in kept], dtype=torch.int64)
-    names = part.names()
+    names = [name for name, *_ in part.files]
     return tensors, [names[k] for k in kept], [[names[k], why] for k, why in bad]
 
 

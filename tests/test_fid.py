@@ -274,7 +274,7 @@ def test_real_floor_and_training_images_are_different_ones(monkeypatch, tmp_path
     real, floor, drawn = seen
     assert len(real) == len(floor) == len(drawn) == 30 and sorted(real + floor) == images.tolist()
     (_, _, seed, labels), how = opened[-1]
-    assert seed == 1000 and labels == "all" and how == {"test": True}
+    assert seed == 1000 and labels == "all" and how["test"]
 
 
 def test_the_independent_metric(capsys):

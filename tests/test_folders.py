@@ -1,7 +1,10 @@
 """Folders as people have them: odd formats, modes, links, hidden files, damage."""
+import errno
+import multiprocessing
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,7 +151,7 @@ def test_what_macos_packs_is_no_class(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
     found = find_classes(tmp_path)
-    assert found.classes == ["cats"] and len(found.paths) == 1
+    assert found.classes == ["cats"] and len(found.files) == 1
 
 
 def test_transparency(tmp_path):
@@ -160,16 +163,22 @@ def test_transparency(tmp_path):
 
 
 def test_a_folder_is_read_once(folder, tmp_path, monkeypatch):
-    """The next start maps the array; another time, size or file reads it again; what is not ours stays."""
+    """Every start maps the array, also the first; another time, size or file reads it again; what is not ours
+    stays."""
     root, readable, _ = folder
+    in_memory = open_dataset(f"folder:{root}", size=16)
     monkeypatch.setattr(images, "CACHE_FROM", 0)
     run = tmp_path / "run"
     run.mkdir()
     (run / "images_of_mine.npy").write_bytes(b"mine")
     first = open_dataset(f"folder:{root}", size=16, cache=str(run))
+    file, = run.glob("images16_*.bin")
+    if os.path.exists("/proc/self/maps"):
+        assert str(file) in Path("/proc/self/maps").read_text()
+    assert file.stat().st_size == readable * 3 * 16 * 16 and in_memory.fingerprint == first.fingerprint
+    assert torch.equal(in_memory[np.arange(99)][0], first[np.arange(99)][0])
     reads = []
-    original = images.read_square
-    monkeypatch.setattr(images, "read_square", lambda path, size: reads.append(path) or original(path, size))
+    monkeypatch.setattr("data.read_square", lambda path, size: reads.append(path) or read_square(path, size))
     again = open_dataset(f"folder:{root}", size=16, cache=str(run))
     assert not reads and torch.equal(first[np.arange(9)][0], again[np.arange(9)][0])
     assert first.fingerprint == again.fingerprint
@@ -178,7 +187,61 @@ def test_a_folder_is_read_once(folder, tmp_path, monkeypatch):
     assert len(reads) > readable and touched.fingerprint == first.fingerprint
     (root / "a" / "png-RGB.png").rename(root / "b" / "png-RGB.png")
     assert open_dataset(f"folder:{root}", size=16, cache=str(run)).fingerprint != first.fingerprint
-    assert (run / "images_of_mine.npy").read_bytes() == b"mine" and len(list(run.glob("images16_*.npy"))) == 1
+    assert (run / "images_of_mine.npy").read_bytes() == b"mine" and len(list(run.glob("images16_*.bin"))) == 1
+
+
+def test_processes_decode_it_once_and_share_it(folder, tmp_path, monkeypatch):
+    """Three start together: one decodes while the others wait, and all have the same images."""
+    root, readable, damaged = folder
+    monkeypatch.setattr(images, "CACHE_FROM", 0)
+    context = multiprocessing.get_context("fork")
+    reads, fingers = context.Value("i", 0), context.Queue()
+
+    def count(path, size):
+        with reads.get_lock():
+            reads.value += 1
+        return read_square(path, size)
+
+    def start():
+        opened = open_dataset(f"folder:{root}", size=16, cache=str(tmp_path / "run"))
+        fingers.put(opened[np.arange(50)][0].double().sum().item())
+    monkeypatch.setattr("data.read_square", count)
+    processes = [context.Process(target=start) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert len({fingers.get(timeout=60) for _ in processes}) == 1
+    for process in processes:
+        process.join()
+    assert reads.value == readable + damaged
+
+
+def test_what_is_left_of_a_killed_start_is_not_used(folder, tmp_path, monkeypatch):
+    """Neither the part of an array, nor an array without its index; both are replaced."""
+    root, _, _ = folder
+    monkeypatch.setattr(images, "CACHE_FROM", 0)
+    how = dict(size=16, cache=str(tmp_path / "run"))
+    expected = open_dataset(f"folder:{root}", **how)[np.arange(50)][0]
+    index, = (tmp_path / "run").glob("images16_*.json")
+    index.unlink()
+    array = index.with_suffix(".bin")
+    array.write_bytes(bytes(array.stat().st_size))
+    (tmp_path / "run" / f"images16_{'0' * 16}.bin.tmp").write_bytes(b"part")
+    assert torch.equal(open_dataset(f"folder:{root}", **how)[np.arange(50)][0], expected)
+    assert index.is_file() and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_full_disk_keeps_the_images_in_memory(folder, tmp_path, monkeypatch, capsys):
+    root, _, _ = folder
+    expected = open_dataset(f"folder:{root}", size=16)[np.arange(50)][0]
+    monkeypatch.setattr(images, "CACHE_FROM", 0)
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("engine.flush", full)
+    opened = open_dataset(f"folder:{root}", size=16, cache=str(tmp_path / "run"))
+    assert torch.equal(opened[np.arange(50)][0], expected)
+    assert "No space left on device): the images stay in memory" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("images16*"))
 
 
 def test_too_many_unreadable_images_end_it(tmp_path):
