@@ -39,8 +39,9 @@ def make_metadata(net, config, names, **more):
 
 def config_from(metadata):
     """The Config in a file's metadata, without settings that no longer exist."""
-    stored = {OLD_NAMES.get(name, name): tuple(value) if isinstance(value, list) else value
-              for name, value in json.loads(metadata["config"]).items()}
+    stored = json.loads(metadata["config"])
+    now = lambda name: name if (new := OLD_NAMES.get(name)) in stored else new or name     # clip is also new
+    stored = {now(name): tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     if stored.get("derivative") == "fd":
         stored["derivative"] = "central"
     known = {f.name for f in dataclasses.fields(Config)} - {"compile"}          # which was "yes" or "no"

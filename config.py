@@ -59,8 +59,7 @@ def check_settings(settings):
 class Config:
     recipe: str = setting("shapes", "one of the recipes below", "the run")
     out: str = setting("", "the run's folder; empty: runs/RECIPE")
-    init_from: str = setting("", "initial weights, and the teacher: a run, a file, "
-                             "hf://USER/REPO[/FILE]")
+    init_from: str = setting("", "initial weights, and the teacher: a run, a file, hf://USER/REPO[/FILE]")
     seed: int = setting(0, "determines all randomness", least=0, most=2**63 - 1)
     fresh: bool = setting(False, "start over; the old folder is renamed")
     allow_change: bool = setting(False, "resume although settings that affect the result have changed")
@@ -84,16 +83,17 @@ class Config:
     x_pred: bool = setting(False, "the network predicts the data; needs transport linear")
 
     transport: str = setting("linear", "a row of objective.TRANSPORTS", "loss (objective.py)")
-    lam: float = setting(0.0, "lambda, the consistency ratio: 0 many-step, 1 few-step")
+    lam: float | str = setting(0.0, "lambda, the consistency ratio: 0 many-step, 1 few-step; A:B: it moves")
     zeta: float = setting(0.0, "enhancement ratio: how much guidance is trained in")
     style: str = setting("none", "ft-vs-fe (to train from scratch), fc-vs-fe or fc-vs-xz (to fine-tune)")
     huber: float = setting(0.0, "c of the pseudo-Huber loss; 0: root mean square")
-    cosine_loss: bool = setting(False, "add the cosine loss")
+    loss: str = setting("root", "root: pseudo-Huber; log: log(mean square / c^2 + 1)")
     time_weight: str = setting("cosine", "weight of the loss over time: cosine or none")
     time_beta: tuple = setting((1.0, 1.0, 1.0), "t ~ Beta(theta1, theta2) * theta3")
     label_drop: float = setting(0.1, "probability of replacing a label with the null class")
     derivative: str = setting("central", "at lambda 1: central or backward difference, or jvp (exact)")
     dt: float = setting(0.005, "step size of these differences")
+    clip: float = setting(1.0, "largest rate at which data may change along a path; 0: no limit")
 
     steps: int = setting(2000, "training steps", "optimisation", least=1)
     batch_size: int = setting(64, "images per step, over all processes; a multiple of 16", least=1)
@@ -101,7 +101,6 @@ class Config:
     optimizer: str = setting("adamw", "adamw, radam, or muon (for the matrices of attention and MLP)",
                              choices=("adamw", "radam", "muon"))
     lr: float = setting(2e-3, "learning rate after warm-up", least=0)
-    betas: tuple = setting((0.9, 0.99), "betas of the optimiser")
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no limit", least=0)
     warmup: int = setting(200, "steps over which lr rises from 0", least=0)
     warmdown: float = setting(0.7, "last fraction of the run, over which lr falls to 0", least=0, most=1)
@@ -122,8 +121,8 @@ class Config:
 
     # Fields without help are not flags: settings of a recipe, and what is filled in from the data.
     enhance_range: tuple = (0.0, 0.75)  # times at which the enhancement is at full strength
-    clip: float = 1.0                   # largest |D|; 0: no limit
-    log_loss: bool = False              # log(mean square + c^2) in place of the root
+    cosine_loss: bool = False           # add the cosine loss
+    betas: tuple = (0.9, 0.99)          # of the optimiser
     about: str = ""                     # what the recipe is
     latent_mean: tuple = ()
     latent_std: tuple = ()
@@ -135,13 +134,21 @@ class Config:
             raise UserError(f"ema is {text_of(self.ema)}; give one or more distinct decay rates")
         if self.cfg_interval[0] > self.cfg_interval[1]:
             raise UserError(f"cfg_interval is {text_of(self.cfg_interval)}; it must rise, such as .2,.8")
+        if not re.fullmatch(r"[\d.][\d.e-]*(:[\d.][\d.e-]*)?", str(self.lam)):
+            raise UserError(f"lam is {self.lam}; give a number from 0 to 1, or two such as 0:1")
         if self.optimizer == "muon" and self.fsdp:
             raise UserError("muon needs whole matrices: leave --fsdp out, or use --optimizer adamw")
 
     def objective(self):
         from objective import Objective
-        with user_errors():
-            return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective)})
+        own = {f.name: getattr(self, f.name) for f in fields(Objective)}
+        with user_errors():         # where lam moves, the objective has its largest value
+            return Objective(**own | {"lam": max(self.lam_at(0), self.lam_at(self.steps))})
+
+    def lam_at(self, step):
+        """The consistency ratio of a step: lam "A:B" goes from A at the first step to B at the last."""
+        first, last = map(float, (str(self.lam).split(":") * 2)[:2])
+        return first + (last - first) * min(1, step / max(1, self.steps - 1))
 
     def sampler(self, **given):
         """Keyword arguments for sampler.sample; what is given (and is not None) wins over the run's own."""

@@ -164,7 +164,7 @@ def next_commands(config):
     """The commands that continue from here, with the flags that this run had."""
     line = f"images and model are in {config.out}. Next: python sample.py --ckpt {shlex.quote(config.out)}"
     row = RECIPES.get(config.recipe + "-few")
-    if config.lam > 0 or row is None:
+    if config.lam or row is None:
         return line
     few = Config(**row, recipe=config.recipe + "-few")
     names = ("data", "labels", "image_size", "model", "transport")

@@ -57,8 +57,7 @@ class Transport(NamedTuple):
         return self.alpha(t) * self.gamma_hat(t) - self.gamma(t) * self.alpha_hat(t)
 
     def is_singular(self):
-        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        return bool((self.determinant(ends).abs() < 1e-6).any())
+        return bool((self.determinant(torch.tensor([0.0, 1.0]).double()).abs() < 1e-6).any())
 
     def call(self, net, x_t, t, y):
         """F_t like x_t (B, ...), with the network's own time and sign. net(x, t, y) -> like x."""
@@ -106,7 +105,6 @@ def discrete_path(log_abar):
     return lambda t: torch.sqrt(-torch.expm1(log_abar_at(t))), lambda t: torch.exp(log_abar_at(t) / 2)
 
 
-# DDPM: a thousand betas from 1e-4 to 0.02.
 DDPM_BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 ddpm_alpha, ddpm_gamma = discrete_path(torch.log1p(-DDPM_BETAS).cumsum(0))
 ddpm_time = lambda t: 1000 * t - 1
@@ -136,10 +134,8 @@ def resolve(transport):
 
 
 def predict(net, transport, x_t, t, y):
-    """Call the network and solve its output for data and noise.
-
-    net(x, t, y) -> like x; x_t (B, ...), t (B,), y (B,). Returns F_t, x_hat, z_hat, each like x_t.
-    """
+    """Call the network and solve its output for data and noise: F_t, x_hat, z_hat, each like x_t (B, ...).
+    net(x, t, y) -> like x; t (B,), y (B,)."""
     transport = resolve(transport)
     F_t = transport.call(net, x_t, t, y)
     return F_t, *transport.solve(F_t, x_t, t)
@@ -148,7 +144,7 @@ def predict(net, transport, x_t, t, y):
 # ---- the objective -------------------------------------------------------------------------------------
 
 CHOICES = {"style": ("none", "ft-vs-fe", "fc-vs-fe", "fc-vs-xz"), "time_weight": ("cosine", "none"),
-           "derivative": ("central", "backward", "jvp")}
+           "derivative": ("central", "backward", "jvp"), "loss": ("root", "log")}
 
 
 @dataclass(frozen=True)
@@ -158,14 +154,13 @@ class Objective:
         t, z, drop = objective.draw(x, generator)
         loss = objective(net, x, y, t, z, drop, teacher).mean()
 
-    It is a pure function of tensors, which knows nothing of optimisers, averages or devices. Each field is
-    also a field of config.Config.
+    It is a pure function of tensors. Each field is also a field of config.Config.
     """
     transport: str | Transport = "linear"
     lam: float = 0.0                            # consistency ratio, 0..1
     zeta: float = 0.0                           # enhancement ratio, >= 0
     style: str = "none"                         # of the enhancement: see `enhance`
-    huber: float = 0.0                          # c of sqrt(mean square + c^2) - c; 0: RMS, not MSE
+    huber: float = 0.0                          # c of the loss below; 0: RMS, not MSE
     cosine_loss: bool = False                   # add 1 - cosine similarity over the channels
     time_weight: str = "cosine"                 # cosine: weight by cos(pi t/2); none: by 1
     time_beta: tuple = (1.0, 1.0, 1.0)          # t ~ Beta(theta1, theta2) * theta3
@@ -173,8 +168,8 @@ class Objective:
     label_drop: float = 0.1                     # probability of the null class
     derivative: str = "central"                 # at lam = 1: central or backward difference, or jvp (exact)
     dt: float = 0.005                           # step of these differences
-    clip: float = 1.0                           # largest |D|; 0: no limit
-    log_loss: bool = False                      # log(mean square + c^2) in place of the root
+    clip: float = 1.0                           # largest size of an entry of D; 0: no limit
+    loss: str = "root"                          # sqrt(mean square + c^2) - c; log: log(mean square / c^2 + 1)
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -185,7 +180,7 @@ class Objective:
                     "time_beta": len(self.time_beta) == 3 and all(theta > 0 for theta in self.time_beta)}
         if wrong := [f"{name} {getattr(self, name)}" for name, is_good in in_range.items() if not is_good]:
             raise ValueError(f"{', '.join(wrong)} is out of range: lam and label_drop lie in 0..1; zeta, "
-                             "huber and clip are at least 0; dt and the parts of time_beta are positive")
+                             "huber and clip are at least 0; dt and the numbers of time_beta are positive")
         if self.zeta > 0 and self.style == "none":
             raise ValueError(f"zeta {self.zeta} needs a style: ft-vs-fe, fc-vs-fe or fc-vs-xz")
         if self.zeta > 0 and self.style == "ft-vs-fe" and self.lam > 0:
@@ -212,12 +207,12 @@ class Objective:
         """The time weight (B,) of t (B,)."""
         return cos(t) if self.time_weight == "cosine" else one(t)
 
-    def __call__(self, net, x, y, t, z, drop, teacher=None):
+    def __call__(self, net, x, y, t, z, drop, teacher=None, lam=None):
         """The loss of each sample, (B,), time weight included.
 
         net, teacher: (x_t, t, y) -> F like x_t; net.num_classes is the null class. x, z (B, C, H, W), t (B,)
-        in [0, 1], y (B,) int64; drop (B,) bool: rows whose label becomes the null class. ValueError: no null
-        class, or no teacher.
+        in [0, 1], y (B,) int64; drop (B,) bool: rows whose label becomes the null class. lam: where lam moves
+        during a run, its present value as a scalar tensor. ValueError: no null class, or no teacher.
         """
         transport, num_classes = resolve(self.transport), getattr(net, "num_classes", None)
         self.check_networks(num_classes, teacher is not None)
@@ -237,35 +232,32 @@ class Objective:
             if self.lam > 0:
                 x_star, z_star = transport.solve(target, x_t, t)
                 x_hat, _ = transport.solve(F_t, x_t, t)
-                D = self.dx_dt(net, transport, x_star, z_star, t, y, x_hat)
+                D = self.dx_dt(net, transport, x_star, z_star, t, y, x_hat, lam)
+                D = D.clamp(-self.clip, self.clip) if self.clip else D
                 d = transport.determinant(expand(t, x))
                 # Consistency asks for D = 0. x_hat changes with F_t at the rate alpha / d, which gives the
                 # direction of the target. The weight 4 / sin(pi t/2) and the clip, which keeps one image from
                 # dominating the batch, are the paper's choices; it gives no derivation.
-                D = D.clamp(-self.clip, self.clip) if self.clip else D
                 target = F_t - alpha / d * 4 / expand(sin(t), d) * D
 
         square = (F_t - target).square().flatten(1).mean(1)                                  # (B,)
-        # The root of 0 has an infinite slope. The clamp makes its gradient 0.
+        # At 0 the root and the logarithm have an infinite slope. The clamp makes their gradient 0.
         square = (square + self.huber**2).clamp_min(torch.finfo(x.dtype).tiny)
-        loss = square.log() if self.log_loss else square.sqrt() - self.huber
+        loss = square.sqrt() - self.huber if self.loss == "root" else (square / (self.huber**2 or 1)).log()
         if self.cosine_loss:        # eps: torch's 1e-8 gives an output that starts at 0 a huge gradient
             loss = loss + (1 - F.cosine_similarity(F_t, target, dim=1, eps=1e-3)).flatten(1).mean(1)
         return self.weight(t) * loss
 
     def check_networks(self, num_classes, has_teacher):
         if self.zeta > 0 and not has_teacher:
-            raise ValueError(f"zeta {self.zeta} with style {self.style} needs a teacher (train.py: give "
-                             "--init_from)")
+            raise ValueError(f"style {self.style} needs a teacher (train.py: give --init_from)")
         if self.zeta > 0 and self.style != "fc-vs-xz" and not num_classes:
-            raise ValueError(f"style {self.style} needs the null class, but the network has none: use class "
-                             "labels, or zeta 0")
+            raise ValueError(f"style {self.style} needs the null class: use class labels, or zeta 0")
 
     def enhance(self, transport, teacher, v, F_t, x_t, t, y, null, drop):
         """v_star: the target v moved along the guidance, at the same x_t. All (B, C, H, W).
 
-        Names: ft is the online F_t, fc the teacher given the class, fe the teacher given none ("empty"), xz
-        the data and the noise themselves.
+        Names: ft is the online F_t, fc and fe the teacher with the class and without ("empty"), xz x and z.
 
         | style    | guided F                | reference F         | for                               |
         |----------|-------------------------|---------------------|-----------------------------------|
@@ -280,29 +272,30 @@ class Objective:
         if self.zeta == 0:
             return v
         guided = F_t if self.style == "ft-vs-fe" else transport.call(teacher, x_t, t, y)
-        reference = v
-        if self.style != "fc-vs-xz":
-            reference = transport.call(teacher, x_t, t, torch.full_like(y, null))
+        reference = (v if self.style == "fc-vs-xz" else
+                     transport.call(teacher, x_t, t, torch.full_like(y, null)))
         low, high = self.enhance_range
         inside = expand((low < t) & (t < high), x_t)
         v_star = torch.where(inside, v + self.zeta * (guided - reference), (v + guided) / 2)
         return torch.where(expand(drop, x_t), (v + reference) / 2, v_star)
 
-    def dx_dt(self, net, transport, x_star, z_star, t, y, x_hat):
+    def dx_dt(self, net, transport, x_star, z_star, t, y, x_hat, lam=None):
         """D, (B, C, H, W): the rate at which the predicted data change along the path of x_star and z_star.
 
         x_hat: the prediction at t. D = (x_hat(t) - x_hat(lam t)) / (t - lam t); at lam = 1 its limit, the
-        derivative. The central difference may leave [0, 1], where the formulas of the path still hold.
+        derivative, backward where lam moves. The central difference may leave [0, 1]; the path goes on there.
         """
         def data_at(r):
             alpha, gamma, _, _ = transport.at(r, x_star)
             return predict(net, transport, alpha * z_star + gamma * x_star, r, y)[1]
 
-        if self.derivative == "jvp" and self.lam == 1:
+        if self.derivative == "jvp" and self.lam == 1 and lam is None:
             # fused attention has no forward-mode derivative, and torch.compile cannot trace into one
             with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
                 return torch.func.jvp(data_at, (t,), (one(t),))[1]
-        if self.derivative == "central" and self.lam == 1:
+        if self.derivative == "central" and self.lam == 1 and lam is None:
             return (data_at(t + self.dt) - data_at(t - self.dt)) / (2 * self.dt)
         r = self.lam * t if self.lam < 1 else (t - self.dt).clamp_min(0)
+        if lam is not None:
+            r = torch.minimum(lam * t, (t - self.dt).clamp_min(0))
         return (x_hat - data_at(r)) / expand(t - r, x_star)

@@ -258,11 +258,12 @@ def main(config):                                                               
     model = wrap(net, device, compiled, config.fsdp)
     teacher_model = wrap(teacher, device, compiled, config.fsdp) if teacher else None
     losses, skipped = LossByTime(objective, device), Skipped(device)
+    lam = torch.zeros((), device=device) if ":" in str(config.lam) else None    # a CUDA graph reads it there
 
     def backward(x, y, t, z, drop):
         """Add the gradient of a micro-batch."""
         with autocast(device, dtype):
-            loss = objective(model, x, y, t, z, drop, teacher_model)                    # (B,)
+            loss = objective(model, x, y, t, z, drop, teacher_model, lam)               # (B,)
         (finite_mean(loss) / accumulate).backward()
         losses.add(loss.detach(), t)
         skipped.note(loss.detach(), t)
@@ -309,6 +310,8 @@ def main(config):                                                               
                 clock, clock_step = time.perf_counter(), step   # the speed is that of training alone
 
             set_lr(optimizer, learning_rate(config, step))
+            if lam is not None:
+                lam.fill_(config.lam_at(step))
             for turn in range(accumulate):
                 x, y = (value.to(device, non_blocking=True) for value in next(batches))
                 t, z, drop = draw(objective, x, config.seed, step, chunks_of(config, accumulate, turn),

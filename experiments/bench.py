@@ -140,11 +140,12 @@ def sampling_net(net, device, how):
     return compiled_net(net.eval(), device, how)
 
 
-def make_step(config, objective, net, model, teacher, optimizer, losses, skipped, device, dtype):
+def make_step(config, objective, net, model, teacher, optimizer, losses, skipped, device, dtype,
+              lam=None):
     """train.py's step on one batch, as a function of x, y, t, z, drop."""
     def step(x, y, t, z, drop):
         with autocast(device, dtype):
-            loss = objective(model, x, y, t, z, drop, teacher)                          # (B,)
+            loss = objective(model, x, y, t, z, drop, teacher, lam)                     # (B,)
         finite_mean(loss).backward()
         losses.add(loss.detach(), t)
         skipped.note(loss.detach(), t)

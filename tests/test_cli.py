@@ -74,7 +74,8 @@ PLAIN = "--model TiT-nano/4 --no-x_pred --zeta 0 --style none --sample_steps 2".
 
 @pytest.mark.parametrize("extra", [
     "--x_pred --zeta 0.5 --style ft-vs-fe", "--lam 0.5", "--lam 1 --derivative jvp",
-    "--transport ddpm --gap 0.01,0.001", "--transport edm --huber 0.5 --cosine_loss --time_weight none",
+    "--transport ddpm --gap 0.01,0.001", "--transport edm --huber 0.5 --time_weight none",
+    "--lam 0:1 --clip 0", "--loss log --huber 0.1",
     "--optimizer radam --grad_clip 0", "--micro_batch 16 --batch_size 48", "--labels none", "--labels star",
     "--transport x-prediction", "--dtype bfloat16", "--dtype float32", "--grad_checkpoint", "--ema 0.9,0.99",
     "--kappa 0 --rho 1", "--model DiT-XXS/8", "--time_beta 0.8,1,1 --label_drop 0", "--optimizer muon"])
@@ -178,7 +179,7 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("train.py", "--stepz 3", "--steps"),
     ("train.py", "--recipe shape-few", "shapes-few"),
     ("train.py", "--steps many", "--steps"),
-    ("train.py", "--cosine_loss maybe", "maybe"),
+    ("train.py", "--fsdp maybe", "maybe"),
     ("train.py", "--init_from nowhere", "nowhere"),
     ("train.py", "--init_from foreign.safetensors", "x_embedder.proj.weight"),
     ("train.py", "--recipe shapes-few", "runs/shapes"),
@@ -285,10 +286,10 @@ def test_a_mistake_ends_with_one_line_and_status_2(home, capsys, monkeypatch, sc
 
 def test_defaults_then_recipe_then_flags():
     assert read_config([], "").out == "runs/shapes"
-    flags = "--recipe shapes-few --lr=0 --betas 0.5,0.6 --kappa 0.3 --cosine_loss --no-x_pred"
+    flags = "--recipe shapes-few --lr=0 --time_beta .5,.6,1 --kappa 0.3 --exact --no-x_pred"
     few = read_config(flags.split(), "")
     assert few.lam == RECIPES["shapes-few"]["lam"] == 1 and few.out == "runs/shapes-few"
-    assert (few.lr, few.betas, few.kappa, few.cosine_loss, few.x_pred) == (0, (0.5, 0.6), 0.3, True, False)
+    assert (few.lr, few.time_beta, few.kappa, few.exact, few.x_pred) == (0, (0.5, 0.6, 1), 0.3, True, False)
     assert read_config(["--steps", "1e4"], "").steps == 10_000
     assert read_config(["--seed", f"{2**62 + 1}"], "").seed == 2**62 + 1
     assert read_config(["--kappa", "auto"], "").kappa == "auto" and read_config(["--out", "x"], "").out == "x"
@@ -376,7 +377,7 @@ def test_a_run_keeps_its_threads(home, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     "--seed 18446744073709551616", "--seed -1", "--image_size -32", "--grad_clip -1", "--ema .9,.9",
-    "--ema 1.5",
+    "--ema 1.5", "--lam x", "--lam 0:1:0", "--lam :1",
     "--cfg_interval .8,.1", "--lr nan", "--gap nan,.1", "--warmdown -1", "--micro_batch -4", "--steps 0",
     "--time_beta 1,1", "--huber inf", "--time_beta nan,1,1"])
 def test_values_that_mean_nothing_are_refused(flags):

@@ -36,7 +36,7 @@ README, CONTRIBUTING = DOCUMENTS[ROOT / "README.md"], DOCUMENTS[ROOT / "CONTRIBU
 # Flags of torchrun, SLURM, pip and pytest, and flags and scripts of the past that the log names.
 OTHERS = set("""nproc_per_node nnodes rdzv_backend rdzv_endpoint rdzv_id max-restarts shutdown-timeout
                 numa-binding nodes ntasks-per-node gpus-per-node time requeue open-mode signal
-                extra-index-url enhance_range""".split())
+                extra-index-url enhance_range betas""".split())
 GONE = {("LOG.md", "cost.py"), ("LOG.md", "experiments/cost.py"), ("LOG.md", "fall.py")}
 
 # A file, the line after which lines are added, and the lines.
@@ -136,18 +136,21 @@ def test_every_recipe_exists():
 
 
 def test_every_setting_called_a_famous_method_trains_and_samples():
-    """Each row of the table, applied to a small network: its loss and its images are finite numbers."""
+    """Each row of the table, and what it names after "with", applied to a small network: its loss and its
+    images are finite numbers."""
     table = README.split("| train.py | sample.py | is |\n")[1].split("\n\n")[0].splitlines()[1:]
     assert len(table) > 5
     x, z, t, y, drop = batch()
     for row in table:
         train_flags, sample_flags = (shlex.split(" ".join(re.findall(r"`([^`]*)`", cell)))
                                      for cell in row.split("|")[1:3])
-        config = read_config(["--zeta", "0", "--style", "none", "--no-x_pred", *train_flags], "")
-        teacher = Net(1) if config.zeta else None
-        assert config.objective()(Net(), x, y, t, z, drop, teacher).isfinite().all(), row
-        given = sample.Options(**read_flags(sample.Options, sample_flags, "")).given()
-        assert sampler.sample(Net(), z, y, **config.sampler(**given)).isfinite().all(), row
+        for more in ("", *re.findall(r"with `(--[^`]*)`", row.split("|")[3])):
+            plain = "--zeta 0 --style none --no-x_pred".split()
+            config = read_config([*plain, *train_flags, *more.split()], "")
+            teacher = Net(1) if config.zeta else None
+            assert config.objective()(Net(), x, y, t, z, drop, teacher).isfinite().all(), row
+            given = sample.Options(**read_flags(sample.Options, sample_flags, "")).given()
+            assert sampler.sample(Net(), z, y, **config.sampler(**given)).isfinite().all(), row
 
 
 # ---- files --------------------------------------------------------------------------------------------

@@ -1,129 +1,166 @@
-"""What famous methods are in this loss: each test writes the target of another paper from that paper's own
-formulas, and asks for the same target and the same gradient. All on the linear path, v = z - x, but sCM."""
-import math
+"""Which settings give which well-known method: the target that each paper defines, written from its formula.
 
+On the linear path v = z - x, and where lam > 0 our target is F + k(t) D with k(t) = 4 t / sin(pi t/2), from
+2.55 to 4; on trigflow k is 4. With huber 0 the loss is a root of the mean square, whose gradient has unit
+size: then methods that differ in k alone have the same gradient.
+"""
 import pytest
 import torch
-from torch.func import jvp
+from runs import train_nano
+from test_objective import column, gradient, rms
 from torch.testing import assert_close
 from toys import Net, batch
 
-from objective import Objective, expand, predict
+import objective
+from config import Config
+from objective import HALF_PI, Objective
 
-PLAIN = dict(time_weight="none", label_drop=0.0, clip=0.0)          # no weight of t, no limit of D
-
-
-def weight(t):
-    """What UCGM multiplies D by; the other papers have 1 there."""
-    return 4 * t / torch.sin(math.pi / 2 * t)
-
-
-def gradients(net, loss):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), list(net.parameters()))])
-
-
-def along(net, x, z, t, y):
-    """F(x_t, t) and its slope dF/dt along the straight path through x and z, by forward-mode derivatives."""
-    F = lambda x_t, t: net(x_t, t, y)
-    return jvp(F, ((1 - expand(t, x)) * x + expand(t, x) * z, t), (z - x, torch.ones_like(t)))
+same = dict(rtol=1e-9, atol=1e-9)
+x, z, t, y, _ = batch()
+T, v, keep = column(t), z - x, torch.zeros(len(t), dtype=torch.bool)
+k = 4 * T / torch.sin(HALF_PI * T)
+size = x[0].numel()
+at = lambda s: s * z + (1 - s) * x
+data_of = lambda net, x_s, s: x_s - column(s) * net(x_s, s, y)       # where a straight line to t = 0 ends
 
 
-def residual(F, target):
-    """The mean square (B,) of the difference to a target without gradient."""
-    return (F - target.detach()).square().flatten(1).mean(1)
+def ours(net, **settings):
+    """Loss (B,), output F_t and target of Objective(clip=0, time_weight="none", **settings). The root of the
+    mean square has the gradient (F_t - target) / (size loss) with respect to F_t."""
+    outputs, lam = [], settings.pop("moving", None)
 
-
-def ours(net, seed=1, **settings):
-    x, z, t, y, drop = batch(seed=seed)
-    return Objective("linear", **PLAIN | settings)(net, x, y, t, z, drop & False)
-
-
-def adaptive(square, p):
-    """MeanFlow's loss (arXiv 2505.13447): the square over itself, held constant, to the power p."""
-    return square / square.detach() ** p
-
-
-def test_meanflow_at_r_0():
-    """u_target = v - t du/dt: the network is the average velocity from t to r = 0. With p .5 the gradient
-    does not depend on the residual's size, so UCGM's weight, one number per image, cancels."""
-    net, (x, z, t, y, _) = Net(), batch()
-
-    def square():
-        F, slope = along(net, x, z, t, y)
-        return residual(F, z - x - expand(t, x) * slope)
-    settings = dict(lam=1.0, derivative="jvp")
-    root, log = 2 * ours(net, **settings), weight(t) * ours(net, log_loss=True, **settings)
-    assert_close(gradients(net, root), gradients(net, adaptive(square(), 0.5)), rtol=1e-9, atol=1e-12)
-    assert_close(gradients(net, log), gradients(net, adaptive(square(), 1)), rtol=1e-9, atol=1e-12)
-    clipped = 2 * gradients(net, ours(net, **settings | dict(clip=0.1)))
-    assert (clipped - gradients(net, adaptive(square(), 0.5))).norm() > 0.01 * clipped.norm()
-
-
-def target_of(net, objective):
-    """F and the target, from the loss alone: its slope in F is the residual over its own size."""
-    x, z, t, y, drop = batch()
-    outputs = []
-
-    def keeping(x_t, t, y):
+    def watched(x_t, t, y):
         outputs.append(net(x_t, t, y))
         return outputs[-1]
-    keeping.num_classes = net.num_classes
-    loss = objective(keeping, x, y, t, z, drop & False)
-    slope, = torch.autograd.grad(loss.sum(), outputs[0])        # (F - target) / numel / sqrt(square + c^2)
-    size = (loss + objective.huber) * x[0].numel()
-    return outputs[0].detach(), (outputs[0] - slope * expand(size, x)).detach()
+    watched.num_classes = net.num_classes
+    made = Objective(**dict(clip=0.0, time_weight="none") | settings)
+    loss = made(watched, x, y, t, z, keep, lam=lam)
+    slope, = torch.autograd.grad(loss.sum(), outputs[0], retain_graph=True)
+    return loss, outputs[0], outputs[0] - size * column(loss) * slope
 
 
+def assert_is(net, theirs, weight=1.0, **settings):
+    """Our target is F + weight (theirs - F), and both have the same gradient."""
+    loss, F_t, target = ours(net, **settings)
+    theirs, change = theirs.detach(), weight * (theirs - F_t)
+    assert_close(target, F_t + change, **same)
+    assert (change / k).abs().max() > 1             # which the usual clip would change
+    assert_close(gradient(loss, net), gradient(rms(net(at(T), t, y) - theirs), net), **same)
+
+
+# ---- targets on the linear path -----------------------------------------------------------------------
+
+def test_meanflow_to_the_data():
+    """arXiv 2505.13447 at r = 0: u = v - (t - r) du/dt along the path."""
+    net = Net()
+    _, du_dt = torch.func.jvp(lambda x_t, t: net(x_t, t, y), (at(T), t), (v, torch.ones_like(t)))
+    assert_is(net, v - T * du_dt, k, lam=1.0, derivative="jvp")
+
+
+@pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize("lam", [0.3, 0.9])
-def test_alphaflow_and_soflow(lam):
-    """AlphaFlow at r = 0: alpha v + (1 - alpha) u(x_s, s), with s = lam t, alpha = 1 - lam. SoFlow at
-    s = 0 (arXiv 2512.15657): (f(x_t, t) - f(x_l, l)) / (t - l) shall be 0; f = x_t - t F, l = lam t."""
-    net, (x, z, t, y, _) = Net(), batch()
-    F, target = target_of(net, Objective("linear", lam=lam, **PLAIN))
-    at = lambda r: (1 - expand(r, x)) * x + expand(r, x) * z
-    s = lam * t
-    F_s = net(at(s), s, y)
-    alphaflow = (1 - lam) * (z - x) + lam * F_s
-    assert_close((target - F) / expand(weight(t), x), (alphaflow - F) / (1 - lam), rtol=1e-9, atol=1e-9)
-    f = lambda r, F: at(r) - expand(r, x) * F
-    soflow = (f(t, F) - f(s, F_s)) / expand(t - s, x)
-    assert_close((target - F) / expand(weight(t), x), soflow, rtol=1e-9, atol=1e-9)
+def test_alphaflow_to_the_data(lam, moves):
+    """arXiv 2510.20771 at r = 0: alpha v + (1 - alpha) u at s = (1 - alpha) t, where alpha is 1 - lam."""
+    net, alpha = Net(), 1 - lam
+    theirs = alpha * v + (1 - alpha) * net(at((1 - alpha) * T), (1 - alpha) * t, y)
+    how = dict(lam=1.0, moving=torch.tensor(lam, dtype=t.dtype)) if moves else dict(lam=lam)
+    assert_is(net, theirs, k / alpha, **how)
+
+
+@pytest.mark.parametrize("lam", [0.5, 0.9])
+def test_soflow_to_the_data(lam):
+    """arXiv 2512.15657 at s = 0: f(x_t, t) is to equal f(x_l, l) at l < t. Over t - l their difference is D;
+    over t, their distance has our gradient."""
+    net, L = Net(), lam * T
+    f_t, f_l = data_of(net, at(T), t), data_of(net, at(L), lam * t).detach()
+    loss, F_t, target = ours(net, lam=lam)
+    assert_close(target, F_t + k * (f_t - f_l) / (T - L), **same)
+    assert_close(gradient(loss, net), gradient(rms(f_t - f_l) / t, net), **same)
 
 
 def test_rcgm_with_one_jump():
-    """RCGM with N = 1 and r = 0: x_hat shall be what the network says .01 nearer to the data."""
-    net, (x, z, t, y, _) = Net(), batch()
-    F, target = target_of(net, Objective("linear", lam=1.0, derivative="backward", dt=0.01, **PLAIN))
-    r = t - 0.01
-    x_r = (1 - expand(r, x)) * x + expand(r, x) * z
-    x_hat = lambda x_t, t: x_t - expand(t, x) * net(x_t, t, y)
-    jump = (x_hat((1 - expand(t, x)) * x + expand(t, x) * z, t) - x_hat(x_r, r)) / 0.01
-    assert_close((target - F) / expand(weight(t), x), jump, rtol=1e-9, atol=1e-9)
-
-
-def test_scm_is_the_tangent_on_trigflow():
-    """sCM (arXiv 2410.11081): f = cos(t) x_t - sin(t) F, and F moves by df/dt = -cos(t) (F - dx_t/dt)
-    - sin(t) (x_t + dF/dt), in its time of 0 to pi / 2. The normalised tangent is the root loss with c = 0."""
-    net, (x, z, t, y, drop) = Net(), batch()
-    angle = expand(math.pi / 2 * t, x)
-    x_t, moving = angle.cos() * x + angle.sin() * z, angle.cos() * z - angle.sin() * x
-    F, slope = jvp(lambda x_t, t: net(x_t, t, y), (x_t, t), (moving * math.pi / 2, torch.ones_like(t)))
-    tangent = -angle.cos() * (F - moving) - angle.sin() * (x_t + slope / (math.pi / 2))
-    settings = dict(transport="trigflow", lam=1.0, derivative="jvp", **PLAIN)
-    ours = Objective(**settings)(net, x, y, t, z, drop & False)
-    unit = tangent / tangent.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    theirs = (F * unit.detach()).flatten(1).sum(1)                  # its gradient moves F against the tangent
-    a, b = gradients(net, ours), gradients(net, theirs)
-    assert torch.nn.functional.cosine_similarity(a, b, dim=0).abs() > 1 - 1e-10
-    x_hat = lambda t: predict(net, "trigflow", (math.pi / 2 * expand(t, x)).cos() * x
-                              + (math.pi / 2 * expand(t, x)).sin() * z, t, y)[1]
-    assert_close(jvp(x_hat, (t,), (torch.ones_like(t),))[1], tangent * math.pi / 2, rtol=1e-9, atol=1e-9)
-
-
-def test_the_limit_of_d_is_a_setting_and_0_is_none():
+    """A prediction of the data is to equal the one after a step of 0.01 along v. Their weight is 1, not k."""
     net = Net()
-    free, same = (ours(net, lam=1.0, derivative="jvp", clip=clip) for clip in (0.0, 1e9))
-    assert_close(free, same, rtol=0, atol=0)
-    assert (ours(net, lam=1.0, derivative="jvp", clip=1.0) < free).any()
-    with pytest.raises(ValueError, match="clip -1"):
-        Objective(clip=-1)
+    after = data_of(net, at(T) - 0.01 * v, t - 0.01)
+    difference = (data_of(net, at(T), t) - after) / 0.01
+    assert_is(net, net(at(T), t, y) + difference, k, lam=1.0, derivative="backward", dt=0.01)
+
+
+# ---- sCM ----------------------------------------------------------------------------------------------
+
+def test_scm():
+    """arXiv 2410.11081, sigma_d = 1, in its time s = pi t/2: f = cos(s) x_s - sin(s) F, and D = df/dt. Their
+    tangent is g = cos(s) df/ds over |g| + c. At c = 0 their loss has our gradient."""
+    net, s = Net(), HALF_PI * T
+    x_s, velocity = torch.sin(s) * z + torch.cos(s) * x, torch.cos(s) * z - torch.sin(s) * x
+    F_s, dF_ds = torch.func.jvp(lambda x_s, s: net(x_s, s / HALF_PI, y), (x_s, HALF_PI * t),
+                                (velocity, torch.ones_like(t)))
+    g = -torch.cos(s) ** 2 * (F_s - velocity) - torch.cos(s) * torch.sin(s) * (x_s + dF_ds)
+    loss, F_t, target = ours(net, transport="trigflow", lam=1.0, derivative="jvp")
+    assert_close(target, F_t + 4 * HALF_PI * g / torch.cos(s), **same)
+    normalised = (g / column(g.flatten(1).norm(dim=1))).detach()
+    theirs = (F_s - F_s.detach() - normalised).square().flatten(1).sum(1)
+    assert_close(gradient(loss, net), gradient(theirs, net) / (2 * size**0.5), **same)
+
+
+# ---- MeanFlow's adaptive weight -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("c", [0.0, 0.1])
+@pytest.mark.parametrize("p, loss, factor", [(0.5, "root", 2 * size**0.5), (1.0, "log", 1.0)])
+def test_meanflows_adaptive_weight(p, loss, factor, c):
+    """|e|^2 times the constant 1 / (|e|^2 + c)^p: p = .5 is our root loss, p = 1 our logarithm."""
+    net = Net()
+    error = (net(at(T), t, y) - v).square().flatten(1).sum(1)
+    theirs = error / (error.detach() + c) ** p
+    found, _, _ = ours(net, loss=loss, huber=(c / size) ** 0.5)
+    assert_close(gradient(found, net) * factor, gradient(theirs, net), **same)
+
+
+def test_the_logarithm_at_lam_1_divides_meanflows_gradient_by_k():
+    net = Net()
+    _, du_dt = torch.func.jvp(lambda x_t, t: net(x_t, t, y), (at(T), t), (v, torch.ones_like(t)))
+    error = (net(at(T), t, y) - (v - T * du_dt).detach()).square().flatten(1).sum(1)
+    theirs = error / error.detach() / k.flatten()
+    found, _, _ = ours(net, lam=1.0, derivative="jvp", loss="log")
+    assert_close(gradient(found, net), gradient(theirs, net), **same)
+
+
+# ---- the clip, and a lam that moves -------------------------------------------------------------------
+
+def test_the_clip_limits_every_entry():
+    net = Net()
+    _, F_t, target = ours(net, lam=0.5)
+    D = (target - F_t) / k
+    for clip in (0.4, 1.0):
+        assert_close(ours(net, lam=0.5, clip=clip)[2], F_t + k * D.clamp(-clip, clip), **same)
+    usual = Objective(lam=0.5, time_weight="none")
+    assert_close(ours(net, lam=0.5, clip=1.0)[0], usual(net, x, y, t, z, keep), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("derivative", ["central", "backward", "jvp"])
+def test_a_moving_lam_goes_from_flow_matching_to_the_backward_difference(derivative):
+    net = Net()
+    start, end = (ours(net, lam=1.0, moving=torch.tensor(lam), derivative=derivative) for lam in (0.0, 1.0))
+    assert_close(start[2], start[1] + k * (v - start[1]), **same)
+    assert_close(gradient(start[0], net), gradient(ours(net)[0], net), **same)
+    assert_close(end[2], ours(net, lam=1.0, derivative="backward")[2], **same)
+
+
+def test_lam_moves_with_the_step(home, capsys, monkeypatch):
+    """From the first number at step 0 to the second at the last step, also after a resume. Other runs have a
+    fixed lam."""
+    seen, call = [], Objective.__call__
+
+    def watched(self, *given):
+        if torch.is_grad_enabled():
+            seen.append((self.lam, given[7] if given[7] is None else given[7].item()))
+        return call(self, *given)
+    monkeypatch.setattr(objective.Objective, "__call__", watched)
+    for steps in (2, 5):
+        train_nano("--lam", "0.2:1", "--zeta", 0, "--style", "none", "--steps", steps, "--out", "a",
+                   capsys=capsys)
+    assert_close(torch.tensor(seen), torch.tensor([[1, 0.2], [1, 1], [1, 0.6], [1, 0.8], [1, 1]]))
+    seen.clear()
+    train_nano("--lam", 0.5, "--zeta", 0, "--style", "none", "--steps", 2, "--out", "b", capsys=capsys)
+    assert seen == [(0.5, None)] * 2
+    assert Config(lam="1:0", steps=5).lam_at(3) == 0.25 and Config(lam="1:0").objective().lam == 1

@@ -1,5 +1,6 @@
 """A run goes on as if nothing had happened: resume, any split of the batch, optimisers, learning rate."""
 import copy
+import json
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from toys import run, states
 
 import checkpoint
 import data
-from checkpoint import load_model
+from checkpoint import config_from, load_model
 from config import Config
 from objective import Objective
 from optim import Muon, RAdam, learning_rate, orthogonal
@@ -71,6 +72,9 @@ def test_the_settings_of_a_former_run_have_their_new_names():
     assert (few.x_pred, few.kappa, few.rho, few.gap, few.sample_steps) == (True, 0.0, 1.0, (0.001, 0.5), 2)
     assert (few.time_weight, few.time_beta, few.cosine_loss) == ("none", (0.8, 1.0, 1.0), False)
     assert (few.warmdown, few.grad_clip, few.compile, len(names)) == (0.7, 1.0, None, 8)
+    for settings, expected in ((dict(clip=2.0), (1.0, 2.0)), (dict(clip=0.0, grad_clip=2.0), (0.0, 2.0))):
+        config = config_from({"config": json.dumps(settings)})      # clip has changed its meaning
+        assert (config.clip, config.grad_clip) == expected
     net, many, _ = load_model(OLD_RUN / "many")
     assert (many.derivative, many.warmdown, many.kappa, many.rho) == ("central", 0.0, "auto", 0.0)
     assert net.x_pred and len(net.blocks) == 1

@@ -81,11 +81,14 @@ def tape(monkeypatch):
     return tapes
 
 
-@pytest.mark.parametrize("settings, name", [*((s, "muon") for s in SETTINGS), (FEW, "radam"), ({}, "adamw")])
-def test_a_replayed_step_is_the_step(tape, settings, name):
-    """The same norms, losses and weights, bit for bit, while data, noise, times, weights and the rate change,
-    and where a step is left out. RAdam's early steps look at a number, and are not recorded."""
+@pytest.mark.parametrize("settings, name, moves", [
+    *((s, "muon", False) for s in SETTINGS), (FEW, "muon", True),
+    (FEW, "radam", False), ({}, "adamw", False)])
+def test_a_replayed_step_is_the_step(tape, settings, name, moves):
+    """The same norms, losses and weights, bit for bit, while data, noise, times, weights, the rate and lam
+    change, and where a step is left out. RAdam's early steps look at a number, and are not recorded."""
     objective, (net, teacher) = Objective(**settings), networks(2)
+    lam = torch.zeros(()) if moves else None
     config, ends = Config(optimizer=name, lr=0.01, steps=12, warmup=9), []
     steps = list(batches(objective, config.steps))
     steps[-2][0][3] = torch.nan
@@ -95,11 +98,13 @@ def test_a_replayed_step_is_the_step(tape, settings, name):
         losses, skipped = LossByTime(objective, "cpu"), Skipped("cpu")
         optimizer.param_groups[0]["lr"] = torch.tensor(config.lr)           # as it is on a GPU
         train_step = make_step(config, objective, ours, ours, teacher, optimizer, losses, skipped, CPU,
-                               torch.bfloat16)
+                               torch.bfloat16, lam)
         if graph:
             train_step = Graphed(train_step, partial(can_capture, optimizer))
         for step, batch in enumerate(steps):
             set_lr(optimizer, learning_rate(config, step))
+            if moves:
+                lam.fill_(step / 11)
             norms.append(train_step(*batch))
             if step % 4 == 3:
                 norms += [losses.take()["loss"], skipped.report(step, None, str)]
