@@ -36,6 +36,7 @@ from engine import (Signals, atomic_write, autocast, can_compile, check_writable
                     pick_dtype, print0, rank_and_world, run, spare_threads, wrap)
 from log import (Log, LossByTime, describe, draw_curves, flops_per_image, last_words, preview, ticking,
                  utilisation)
+from objective import resolve
 from optim import (Skipped, can_capture, clip_gradient, finite_mean, learning_rate, make_optimizer,
                    optimizer_step, set_lr, update_ema)
 from sample import Pipeline
@@ -154,6 +155,11 @@ def check_setup(config, data, net, previous, start_step, previous_names):
     with user_errors():
         config.objective().check_networks(net.num_classes, config.init_from or config.style == "ft-vs-fe")
     Pipeline(net, config, data.names, None, None).nfe()         # the settings with which it will be sampled
+    if config.lam > 0 and resolve(config.transport).is_singular(0.1):
+        print0(f"warning: {config.transport} with lam {config.lam:g} trains to nothing, since at one end its "
+               "output hardly determines the data; use --transport linear")
+    if config.zeta > 0 and config.style == "ft-vs-fe" and not config.label_drop:
+        print0("warning: with label_drop 0 the null class is never trained, but style ft-vs-fe needs it")
     if hasattr(data, "__len__") and len(data) < config.batch_size:
         raise UserError(f"{config.data} has {len(data)} images to train on: lower --batch_size to at most "
                         "that many")
