@@ -20,6 +20,8 @@ not agree on anything. `python data.py` draws a page of shapes.
 import functools
 import hashlib
 import os
+import shutil
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -28,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from config import UserError
-from engine import as_one_error, locked, one_line, print0
+from engine import as_one_error, locked, print0
 from images import find_classes, read_images, read_square
 from shapes import Shapes, derive_seed, uniforms
 
@@ -104,14 +106,19 @@ def from_arrays(x, y, names, seed, mirror=False):
     """A FiniteDataset of x uint8 (N, S, S, C) or (N, S, S) and y integers (N,) from 0. names of the classes;
     None: the numbers that occur in y."""
     x, y = np.asarray(x), np.asarray(y)
-    cures = {"x = (255 * x).round().astype('uint8')": x.dtype != np.uint8,
-             "x = x.transpose(0, 2, 3, 1)": x.ndim == 4 and x.shape[1] < min(x.shape[2:]),
-             "s = min(x.shape[1:3]); x = x[:, :s, :s]": x.ndim not in (3, 4) or x.shape[1] != x.shape[2],
-             "y = y.argmax(1)": y.ndim == 2, "y = y[:len(x)]": y.shape[:1] != x.shape[:1],
-             "y = y.astype(int)": y.dtype.kind not in "iu", "y = y - y.min()": y.min(initial=0) < 0}
-    if wrong := [cure for cure, applies in cures.items() if applies]:
+    first = x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] > 3         # channels first
+    sides = x.shape[1 + first:3 + first]
+    cures = [cure for is_needed, cure in (
+        (first, "x = np.moveaxis(x, 1, 3)"),
+        (len(set(sides)) > 1, f"x = x[:, :{min(sides, default=0)}, :{min(sides, default=0)}]"),
+        (x.dtype != np.uint8, "x = ((x - x.min()) * (255 / np.ptp(x))).round().astype('uint8')"),
+        (y.size == 0, "y = np.zeros(len(x), int)"),
+        (y.ndim == 2, "y = y.ravel()" if y.shape[1:] == (1,) else "y = y.argmax(1)"),
+        (y.ndim == 1 and y.size and (y.dtype.kind not in "iu" or y.min() < 0),
+         "y = np.unique(y, return_inverse=True)[1]")) if is_needed]
+    if cures or x.ndim not in (3, 4) or y.shape != x.shape[:1]:
         raise UserError(f"found x {x.dtype} {x.shape}, y {y.dtype} {y.shape}; expected x uint8 (N, S, S, C) "
-                        f"or (N, S, S), y integers (N,) from 0. Perhaps: {wrong[0]}")
+                        f"or (N, S, S), y integers (N,) from 0: {'; '.join(cures) or 'one per image'}")
     x = np.moveaxis(x, 3, 1) if x.ndim == 4 else x[:, None]
     x = np.ascontiguousarray(x)                                                         # (N, C, S, S)
     if not names:
@@ -121,12 +128,10 @@ def from_arrays(x, y, names, seed, mirror=False):
 
 
 def open_npz(path, seed):
-    if not Path(path).is_file():
-        raise UserError(f"no file {path}; expected an npz file with arrays x and y")
-    cure = "numpy.savez('data.npz', x=x, y=numpy.zeros(len(x), int)) makes one without classes"
-    with (as_one_error(f"{path} is not an npz file with arrays x and y", cure),
-          np.load(path, allow_pickle=False) as file):
-        x, y = file["x"], file["y"]
+    with as_one_error(f"{path} is not an npz file with arrays x and y", "use another copy"):
+        file = np.load(path, allow_pickle=False)
+        file = {"x": file} if isinstance(file, np.ndarray) else file
+        x, y = file["x"], file["y"] if "y" in file else []
         names = list(map(str, file["names"])) if "names" in file else None
     return from_arrays(x, y, names, seed)
 
@@ -134,18 +139,38 @@ def open_npz(path, seed):
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
 
 
+def fetch(kind, root, files):
+    """Unpack those files of a torchvision data set that are in `root`, or download them all. A try that fails
+    leaves nothing behind."""
+    from torchvision.datasets.utils import extract_archive
+    with tempfile.TemporaryDirectory(dir=root) as new:
+        for file in filter(lambda file: (root / file).is_file(), files):
+            folder = (Path(new) / file).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            extract_archive(str(root / file), str(folder))
+        kind(new, download=True)
+        shutil.copytree(new, root, dirs_exist_ok=True)
+
+
 def open_torchvision(name, root, seed, test):
     import torchvision.datasets as sets
+    kind, root = getattr(sets, TORCHVISION[name]), Path(root)
+    read = functools.partial(kind, root, train=not test)
+    files = [kind.filename] if name == "cifar10" else [f"{kind.__name__}/raw/{f}" for f, _ in kind.resources]
     try:
-        with locked(root):          # one process downloads
-            images = getattr(sets, TORCHVISION[name])(root, train=not test, download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{name} is not in {root} and cannot be downloaded ({one_line(error)}): "
-                         "copy it there, or use --data npz:PATH") from error
+        images = read()
+    except RuntimeError:            # not there, or not unpacked
+        hint = f"put {', '.join(files)} into {root}, or use --data npz:PATH"
+        with as_one_error(f"{name} is not in {root} and cannot be downloaded", hint), locked(root):
+            fetch(kind, root, files)
+        images = read()
     return from_arrays(images.data, images.targets, list(images.classes), seed, mirror=name == "cifar10")
 
 
 # ---- by name ------------------------------------------------------------------------------------------
+
+SIZES = {"shapes": 32, "folder": 32, "hf": 32, "mnist": 28, "fashion": 28, "cifar10": 32}     # in pixels
+
 
 def open_dataset(name, size=None, seed=0, labels="all", cache=None, test=False):
     """The stream called `name`: a row of the table above, except latents. It has .shape (C, S, S), .names of
@@ -159,12 +184,12 @@ def open_dataset(name, size=None, seed=0, labels="all", cache=None, test=False):
     kind, _, path = name.partition(":")
     path = os.path.expanduser(path)
     if kind == "shapes":
-        data = Shapes(size or 32, seed)
+        data = Shapes(size or SIZES[kind], seed)
     elif kind == "folder":
         data = open_folder(path, size or 32, seed, cache)
     elif kind == "hf":
         from extras.hub import open_hub
-        data = open_hub(path, size or 32, seed, labels, cache, test)
+        data = open_hub(path, size or SIZES[kind], seed, labels, cache, test)
     elif kind == "npz":
         data = open_npz(path, seed)
     elif kind in TORCHVISION:

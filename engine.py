@@ -308,6 +308,15 @@ def ignore_disk_errors(what, tell, transient=TRANSIENT):
         tell(f"{what} could not be written ({error}): the run goes on; free some disk space")
 
 
+def check_writable(folder):
+    """UserError if files cannot be written into `folder`, which need not exist and is not made."""
+    above = Path(folder).absolute()
+    while not os.path.exists(above):
+        above = above.parent
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"cannot write into {folder} ({above} is closed or not a folder): give another --out")
+
+
 def claim_folder(out):
     """Create a folder and keep other runs out of it, until the lock returned is released or the process ends.
     UserError: the folder cannot be written, or another process holds it."""
@@ -332,8 +341,13 @@ def locked(folder):
     with contextlib.suppress(OSError):          # whoever writes there will report it
         Path(folder or "").mkdir(parents=True, exist_ok=True)
     if folder and os.access(folder, os.W_OK):
-        with filelock.FileLock(Path(folder) / ".lock-data"):
-            yield
+        lock = Path(folder) / ".lock-data"
+        try:
+            with filelock.FileLock(lock):
+                yield
+        finally:
+            if os.listdir(folder) == [lock.name]:       # nothing was made
+                shutil.rmtree(folder, ignore_errors=True)
     else:
         yield
 

@@ -26,7 +26,7 @@ from config import SamplerFlags, UserError, command_line, read_flags, setting
 class Options(SamplerFlags):
     ckpt: str = setting("", "score images drawn from this model: a run or a file, as for sample.py", "images")
     images: str = setting("", "score these images instead: folder:PATH, or an .npz of uint8 images")
-    num: int = setting(10000, "number of images to draw; published FIDs use 50000", least=1)
+    num: int = setting(10000, "number of images to draw; published FIDs use 50000", least=2)
     seed: int = setting(0, "draw the seeds from seed * num to (seed + 1) * num - 1", least=0)
     ref: str = setting("", "compare with these: statistics (.npz), or images as for --images", "comparison")
     data: str = setting("", "for FD-NAME, the real images, as for train.py; empty: the model's training data")
@@ -62,8 +62,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import TORCHVISION, open_dataset, to_uint8
-from engine import (as_one_error, gather, init_distributed, leave_distributed, pick_device, print0,
-                    rank_and_world, rank_batches, run)
+from engine import (as_one_error, check_writable, gather, init_distributed, leave_distributed, pick_device,
+                    print0, rank_and_world, rank_batches, run)
 from features import RESIZE, Inception, file_hash, shipped, small_features, train_features
 from images import check_unreadable, find_images, listed, read_batch, read_rgb
 from sample import generate, open_pipeline, save_arrays
@@ -199,10 +199,18 @@ def collect(batches, count, features, keep=False, what="images"):
 READABLE = "missing or damaged? Give folder:PATH, or an .npz of plain arrays, without pickles"
 
 
+def stored_path(source):
+    """The path that --images, --ref or --stats names. UserError: there is nothing."""
+    path = Path(source.removeprefix("folder:").removeprefix("npz:")).expanduser()
+    with as_one_error(f"no images at {path}", READABLE):
+        path.stat()
+    return path
+
+
 def stored_images(source, batch_size):
     """(first, uint8 (B, C, H, W)) of this process's batches of a folder and its sub-folders, or an .npz file.
     Where sizes differ, a batch is split so that each part has one size."""
-    path = Path(source.removeprefix("folder:").removeprefix("npz:")).expanduser()
+    path = stored_path(source)
     if not path.is_dir():
         yield from npz_images(path, batch_size)
         return
@@ -343,6 +351,8 @@ def evaluate(options):
     num, batch_size = options.num, options.batch_size
     if wrong := set(metrics) - {"fid", "is", "kid", "pr"}:
         raise UserError(f"unknown metrics {', '.join(sorted(wrong))}; use some of fid,is,kid,pr")
+    for source in filter(None, (options.images, options.ref)):
+        stored_path(source)         # before anything is downloaded or trained
     model, nfe = None, None
     if options.ckpt:
         model = open_pipeline(options.ckpt, device, options.dtype, graph=True)
@@ -384,6 +394,8 @@ def evaluate(options):
 
 def write_statistics(options):
     """Write the mean and covariance of real images as mu and sigma, which pytorch-fid and ADM read, too."""
+    stored_path(options.stats)
+    check_writable(Path(options.out).parent)
     features = Inception(options.weights).to(pick_device(options.device))
     found = collect(stored_images(options.stats, options.batch_size), None, features)
     mean, covariance = found.moments()

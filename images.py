@@ -27,9 +27,12 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif",
 
 def find_images(root, above=()):
     """(sorted paths of all images below a folder, a Counter of what was skipped). Links are followed, except
-    into the folders `above`."""
+    into the folders `above`. UserError names a folder that cannot be read."""
     paths, skipped, above = [], collections.Counter(), (*above, os.path.realpath(root))
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+    with as_one_error(f"cannot read folder {root}", "give another, or make it readable"):
+        os.stat(f"{root}/.")        # its names can be listed even where its files cannot be opened
+        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    for entry in entries:
         if entry.name.startswith(".") or entry.name == "__MACOSX":      # what macOS puts into its zips
             skipped["hidden"] += 1
         elif entry.is_dir() and os.path.realpath(entry) not in above:
@@ -66,9 +69,9 @@ class Folder(NamedTuple):
 
 def find_classes(root):
     """The Folder of `root`: each sub-folder with images in it, or deeper, is a class."""
+    paths, skipped = find_images(root)
     expected = "expected one sub-folder per class: PATH/cats/1.png, PATH/dogs/2.jpg"
     with as_one_error(f"cannot read folder {root}", expected):
-        paths, skipped = find_images(root)
         inside, start = [], len(os.path.join(root, ""))
         for path in paths:
             name = path[start:]

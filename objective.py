@@ -56,8 +56,10 @@ class Transport(NamedTuple):
         """d, elementwise. Where it is 0, F_t does not determine x_hat and z_hat."""
         return self.alpha(t) * self.gamma_hat(t) - self.gamma(t) * self.alpha_hat(t)
 
-    def is_singular(self):
-        return bool((self.determinant(torch.tensor([0.0, 1.0]).double()).abs() < 1e-6).any())
+    def is_singular(self, least=1e-6):
+        """Whether |d| is below `least` at an end."""
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        return bool((self.determinant(ends).abs() < least).any())
 
     def call(self, net, x_t, t, y):
         """F_t like x_t (B, ...), with the network's own time and sign. net(x, t, y) -> like x."""
@@ -184,8 +186,9 @@ class Objective:
         if self.zeta > 0 and self.style == "none":
             raise ValueError(f"zeta {self.zeta} needs a style: ft-vs-fe, fc-vs-fe or fc-vs-xz")
         if self.zeta > 0 and self.style == "ft-vs-fe" and self.lam > 0:
-            raise ValueError(f"style ft-vs-fe is for lam 0, found {self.lam}: fine-tune a trained model with "
-                             "python train.py --recipe shapes-few, or use fc-vs-fe or fc-vs-xz")
+            raise ValueError(f"style ft-vs-fe is for lam 0, not {self.lam:g}; use fc-vs-fe, fc-vs-xz, or to "
+                             f"train without a teacher type python train.py --lam {self.lam:g} --zeta 0 "
+                             "--style none --kappa 0 --rho 1")
         if resolve(self.transport).is_singular() and self.lam > 0:
             able = ", ".join(name for name, row in TRANSPORTS.items() if not row.is_singular())
             raise ValueError(f"{self.transport} cannot train with lam > 0, since at one end its output does "

@@ -36,7 +36,6 @@ if __name__ == "__main__":      # before torch is loaded, so that -h and typos a
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from functools import partial
@@ -50,7 +49,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from data import class_number, image_grid, noise_like_seed, to_uint8
-from engine import (as_one_error, atomic_write, autocast, from_rank0, init_distributed, leave_distributed,
+from engine import (atomic_write, autocast, check_writable, from_rank0, init_distributed, leave_distributed,
                     pick_device, pick_dtype, print0, rank_and_world, rank_batches, run)
 from objective import resolve
 from sampler import check_sampler, count_nfe, sample, time_grid
@@ -132,14 +131,10 @@ def generate(pipeline, seeds, batch_size, rank=0, world=1, classes=None, on_step
 # ---- a page, or many ----------------------------------------------------------------------------------
 
 def check_out(out, width, height):
-    """UserError if `out` cannot be written, or if a page of this size in pixels is too large for it."""
-    folder = Path(out).parent
-    with as_one_error(f"cannot write into {folder.resolve()}", "give another --out"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("no permission")
+    """UserError if a page of this size in pixels is too large for `out`, whose folder is made."""
     if max(width, height) > LARGEST[Path(out).suffix.lower()]:
         raise UserError(f"a page of {width} x {height} pixels is too large for {out}: use --out samples.npz")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
 
 
 def draw_page(pipeline, seeds, options, classes, columns, titles):
@@ -224,6 +219,7 @@ def main(options):
         raise UserError("--beside is for animations: use --out film.gif")
     if world > 1 and suffix != ".npz":
         raise UserError("several processes can only write arrays: use --out samples.npz")
+    check_writable(Path(options.out).parent)
     init_distributed()
     path = options.ckpt or newest_model(options.recipe)
     open_path = lambda path: open_pipeline(path, pick_device(options.device), options.dtype, options.recipe,

@@ -15,6 +15,7 @@ from config import UserError, command_line, differences, read_config, user_error
 if __name__ == "__main__":      # before torch is loaded, so that -h and typos are answered at once
     CONFIG = command_line(read_config, __doc__)
 
+import contextlib
 import copy
 import math
 import os
@@ -27,14 +28,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import (build, load_model, newest_state, read_state, restore_state, save_state, set_aside,
-                        state_tensors)
-from data import open_dataset, select_labels
-from engine import (Signals, atomic_write, autocast, can_compile, fix_order, from_rank0, gradient_sync,
-                    ignore_disk_errors, init_distributed, leave_distributed, pick_device, pick_dtype, print0,
-                    rank_and_world, run, spare_threads, wrap)
+from checkpoint import (build, find_model, load_model, newest_state, read_state, restore_state, save_state,
+                        set_aside, state_tensors)
+from data import SIZES, open_dataset, select_labels
+from engine import (Signals, atomic_write, autocast, can_compile, check_writable, fix_order, from_rank0,
+                    gradient_sync, ignore_disk_errors, init_distributed, leave_distributed, pick_device,
+                    pick_dtype, print0, rank_and_world, run, spare_threads, wrap)
 from log import (Log, LossByTime, describe, draw_curves, flops_per_image, last_words, preview, ticking,
                  utilisation)
+from objective import resolve
 from optim import (Skipped, can_capture, clip_gradient, finite_mean, learning_rate, make_optimizer,
                    optimizer_step, set_lr, update_ema)
 from sample import Pipeline
@@ -97,10 +99,19 @@ def draw(objective, x, seed, step, chunks, generator):
 # ---- before the first step ----------------------------------------------------------------------------
 
 def find_state(config):
-    """The latest valid state of the run, or None. --fresh renames its folder, unless torchrun restarts it."""
+    """The latest valid state of the run, or None. --fresh renames its folder, unless torchrun restarts it.
+    UserError for whatever is wrong already before the data are read."""
+    check_writable(config.out)
+    if size := SIZES.get(config.data.partition(":")[0]):
+        size = config.image_size or size
+        with torch.device("meta"), contextlib.suppress(RuntimeError):   # a network may need real memory
+            build(config, (3, size, size), 1)
     if config.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         set_aside(config.out)
-    return newest_state(config.out)
+    state = newest_state(config.out)
+    if config.init_from and not state:
+        find_model(config.init_from)
+    return state
 
 
 def open_data(config):
@@ -142,8 +153,14 @@ def load_start(config, net, names):
 def check_setup(config, data, net, previous, start_step, previous_names):
     """UserError for every reason not to start. previous, start_step, previous_names: of the resumed run."""
     with user_errors():
-        config.objective().check_networks(net.num_classes, config.init_from or config.style == "ft-vs-fe")
+        objective = config.objective()
+        objective.check_networks(net.num_classes, config.init_from or config.style == "ft-vs-fe")
     Pipeline(net, config, data.names, None, None).nfe()         # the settings with which it will be sampled
+    if objective.lam > 0 and resolve(config.transport).is_singular(0.1):
+        print0(f"warning: {config.transport} with lam {objective.lam:g} trains to nothing, since at one end its "
+               "output hardly determines the data; use --transport linear")
+    if config.zeta > 0 and config.style == "ft-vs-fe" and not config.label_drop:
+        print0("warning: with label_drop 0 the null class is never trained, but style ft-vs-fe needs it")
     if hasattr(data, "__len__") and len(data) < config.batch_size:
         raise UserError(f"{config.data} has {len(data)} images to train on: lower --batch_size to at most "
                         "that many")

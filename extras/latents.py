@@ -73,8 +73,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import FiniteDataset, noise_like_seed
-from engine import (as_one_error, atomic_write, init_distributed, leave_distributed, pick_device, print0,
-                    rank_and_world, run)
+from engine import (as_one_error, atomic_write, check_writable, init_distributed, leave_distributed,
+                    pick_device, print0, rank_and_world, run)
 from extras.published import HUB, UCGM_HOME
 from images import find_classes, read_many, read_rgb
 
@@ -236,6 +236,7 @@ def encode(options):
     rank, world = rank_and_world()
     if not options.data.startswith("folder:"):
         raise UserError(f"data is {options.data!r}; expected folder:PATH with images such as PATH/cats/1.jpg")
+    check_writable(options.out)
     folder = find_classes(os.path.expanduser(options.data.removeprefix("folder:")))
     print0(folder)
     device, out, count = pick_device(options.device), Path(options.out), len(folder.files)

@@ -127,7 +127,7 @@ def detect_architecture(tensors, extras, model="", image_size=256, file="the fil
         known = ", ".join(f"{depth} x {width}" for depth, width in sizes)
         raise UserError(f"{file} has {depth} blocks of width {width}; known sizes: {known}")
     rows = len(tensors["y_embedder.embedding_table.weight"])
-    if rows == 1000:            # ImageNet's classes
+    if rows in (10, 100, 1000):         # the classes of CIFAR and ImageNet
         raise UserError(f"{file} has {rows} rows for its classes and none for the null class: guidance and "
                         "fine-tuning need a network trained with label dropping")
     size, patches = sizes[depth, width], tensors["x_embedder.proj.weight"].shape

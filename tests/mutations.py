@@ -198,7 +198,7 @@ CHANGES = [
     ("data.py", "x.tobytes() + y.tobytes()", "x.tobytes()"),
     ("data.py", "train=not test", "train=True"),
     ("data.py", 'mirror=name == "cifar10"', "mirror=True"),
-    ("data.py", "Shapes(size or 32, seed)", "Shapes(size or 32)"),
+    ("data.py", "Shapes(size or SIZES[kind], seed)", "Shapes(size or SIZES[kind])"),
     ("data.py", "int(text) < len(names)", "int(text) <= len(names)"),
     ("data.py", "seed if step is None else derive_seed(seed, step + 1)", "seed"),
     ("data.py", "x.float() + 128)", "x.float() + 127.5)"),

@@ -282,6 +282,36 @@ def test_a_mistake_ends_with_one_line_and_status_2(home, capsys, monkeypatch, sc
     assert named in err and sorted(home.rglob("*")) == before
 
 
+FORBIDDEN = ["data.open_dataset", "checkpoint.load_model", "features.Inception", "features.train_features",
+             "extras.latents.Autoencoder"]
+
+
+@pytest.mark.parametrize("script, words, named", [
+    ("train.py", "--image_size 30", "patch size 8; patch sizes that fit: 1, 2"),
+    ("train.py", "--data folder:images --image_size 30", "patch size 8"),
+    ("train.py", "--data mnist --model TiT-XXS/8", "image size 28"),
+    ("train.py", "--data cifar10 --model TiT-XXXS/8", "nearest: TiT-XXS/8"),
+    ("train.py", "--data folder:images --out file/run", "cannot write into file/run"),
+    ("train.py", "--recipe cifar10-few", "no model at runs/cifar10"),
+    ("sample.py", "--ckpt hf://user/repo --out file/x.png", "cannot write into file"),
+    ("fid.py", "--ckpt hf://user/repo --ref nowhere.npz", "no images at nowhere.npz"),
+    ("fid.py", "--images folder:nowhere --ref folder:images", "no images at nowhere"),
+    ("fid.py", "--ckpt hf://user/repo --num 1", "num is 1; it must be finite and from 2"),
+    ("fid.py", "--stats folder:nowhere", "no images at nowhere"),
+    ("fid.py", "--stats folder:images --out file/x.npz", "cannot write into file"),
+    ("extras/latents.py", "encode --data folder:images --out file/x", "cannot write into file/x")])
+def test_what_can_be_checked_is_checked_first(home, capsys, monkeypatch, script, words, named):
+    """Nothing is read, downloaded or trained before the mistake is named."""
+    import extras.latents       # noqa: F401
+    import fid                  # noqa: F401
+    for name in FORBIDDEN:
+        monkeypatch.setattr(name, None)
+    (home / "file").touch()
+    (home / "images").mkdir()
+    status, _, err = run(script, *words.split(), capsys=capsys)
+    assert status == 2 and err.startswith("error: ") and named in err and err.count("\n") == 1, err
+
+
 # ---- the command line ---------------------------------------------------------------------------------
 
 def test_defaults_then_recipe_then_flags():

@@ -146,6 +146,26 @@ def test_wide_pixels_are_scaled_by_the_range_of_their_kind(mode, dtype, top):
         assert np.asarray(scale_to_8_bit(dark)).ravel().tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("call, what", [("scandir", ""), ("stat", "/")])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, call, what):
+    """Training and scores name it in one line, also where its names may be listed (mode 444) and only its
+    files are closed: what is in it is neither skipped nor forgotten. No mode stops root: the call fails."""
+    locked, original = tmp_path / "cats/locked", getattr(os, call)
+    locked.mkdir(parents=True)
+    for folder in (locked.parent, locked):
+        Image.new("RGB", (8, 8)).save(folder / "1.png")
+
+    def refuse(path, *more, **how):
+        if str(path).startswith(f"{locked}{what}"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *more, **how)
+    monkeypatch.setattr(os, call, refuse)
+    for read in (find_classes, lambda root: list(fid.stored_images(f"folder:{root}", 4))):
+        with pytest.raises(ValueError, match=rf"^cannot read folder {locked} \(.*Permission denied") as error:
+            read(tmp_path)
+        assert "\n" not in str(error.value)
+
+
 def test_what_macos_packs_is_no_class(tmp_path):
     for name in ("cats", "__MACOSX/cats", ".hidden"):
         (tmp_path / name).mkdir(parents=True)

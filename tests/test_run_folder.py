@@ -152,6 +152,28 @@ def test_the_hints_work_when_pasted(home, capsys):
         assert status == 0, err
 
 
+def test_the_command_for_lambda_1_from_scratch_works(home, capsys):
+    """`train.py --lam 1` alone names it: a whole command, to type as it is."""
+    status, _, err = run("train.py", "--lam", 1, capsys=capsys)
+    script, *words = err.split(" type python ")[1].split()
+    assert status == 2 and script == "train.py" and words[:2] == ["--lam", "1"]
+    cheap = "--steps 1 --image_size 8 --model TiT-nano/4 --batch_size 16 --no-compile --device cpu".split()
+    status, out, err = run(script, *words, *cheap, capsys=capsys)
+    assert status == 0 and "warning" not in out, err
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--no-x_pred --transport ddpm --lam 1 --zeta 0 --style none", "ddpm with lam 1 trains to nothing"),
+    ("--no-x_pred --transport ddpm --zeta 0 --style none", ""),
+    ("--no-x_pred --transport edm --lam 0.5 --zeta 0 --style none", ""),
+    ("--style ft-vs-fe --label_drop 0", "null class is never trained"), ("--style ft-vs-fe", ""),
+    ("--zeta 0 --style none --label_drop 0", "")])
+def test_settings_that_train_to_nothing_are_said(home, capsys, flags, word):
+    out = train("--steps", 1, "--model", "TiT-nano/4", "--gap", ".01,.001", "--kappa", 0, *flags.split(),
+                capsys=capsys)
+    assert "warning: " in out and word in out if word else "warning" not in out
+
+
 def test_commit_is_of_this_repository(monkeypatch, tmp_path):
     """No git, or a copy inside another repository: no commit rather than a wrong one."""
     import log
