@@ -157,8 +157,8 @@ def check_setup(config, data, net, previous, start_step, previous_names):
         objective.check_networks(net.num_classes, config.init_from or config.style == "ft-vs-fe")
     Pipeline(net, config, data.names, None, None).nfe()         # the settings with which it will be sampled
     if objective.lam > 0 and resolve(config.transport).is_singular(0.1):
-        print0(f"warning: {config.transport} with lam {objective.lam:g} trains to nothing, since at one end its "
-               "output hardly determines the data; use --transport linear")
+        print0(f"warning: {config.transport} with lam {objective.lam:g} trains to nothing, since at one end "
+               "its output hardly determines the data; use --transport linear")
     if config.zeta > 0 and config.style == "ft-vs-fe" and not config.label_drop:
         print0("warning: with label_drop 0 the null class is never trained, but style ft-vs-fe needs it")
     if hasattr(data, "__len__") and len(data) < config.batch_size:
