@@ -298,7 +298,7 @@ class Objective:
                 return torch.func.jvp(data_at, (t,), (one(t),))[1]
         if self.derivative == "central" and self.lam == 1 and lam is None:
             return (data_at(t + self.dt) - data_at(t - self.dt)) / (2 * self.dt)
-        r = self.lam * t if self.lam < 1 else (t - self.dt).clamp_min(0)
-        if lam is not None:
-            r = torch.minimum(lam * t, (t - self.dt).clamp_min(0))
+        r = (t - self.dt).clamp_min(0)
+        if lam is not None or self.lam < 1:
+            r = self.lam * t if lam is None else torch.minimum(lam * t, r)
         return (x_hat - data_at(r)) / expand(t - r, x_star)

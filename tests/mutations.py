@@ -362,7 +362,7 @@ CHANGES = [
     ("objective.py", "torch.where(drop, num_classes, y)", "torch.where(drop, num_classes - 1, y)"),
     ("objective.py", "t = t.clamp(1e-4, 1 - 1e-4)", "t = t.clamp(max=1 - 1e-4)"),
     ("objective.py", "(1e-4, 1 - 1e-4)", "(min=1e-4)"),
-    ("objective.py", "D.clamp(-1, 1)", "D"),
+    ("objective.py", "D.clamp(-self.clip, self.clip)", "D"),
     ("objective.py", ".sqrt() - self.huber", ".sqrt()"),
     ("objective.py", "torch.where(expand(drop, x_t), (v + reference) / 2, v_star)", "v_star"),
     ("objective.py", "/ (2 * self.dt)", "/ self.dt"),

@@ -130,10 +130,10 @@ def test_clipping(capsys):
 def test_the_seed_decides_weights_images_times_noise_and_drops(monkeypatch, capsys):
     seen, call = [], objective.Objective.__call__
 
-    def watch(self, net, x, y, t, z, drop, teacher=None):
+    def watch(self, net, x, y, t, z, drop, *more):
         weights = torch.cat([p.detach().flatten() for p in net.parameters()])
         seen.append([v.detach().clone() for v in (weights, x, t, z, drop)])
-        return call(self, net, x, y, t, z, drop, teacher)
+        return call(self, net, x, y, t, z, drop, *more)
     monkeypatch.setattr(objective.Objective, "__call__", watch)
     for seed, out in ((0, "a"), (1, "b"), (0, "c")):
         train("--steps", 2, "--seed", seed, "--out", out, "--label_drop", 0.5, capsys=capsys)
