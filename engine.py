@@ -207,7 +207,8 @@ def wrap(net, device, compiled, fsdp=False):
     if compiled and on_cpu:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # it misses CUDA's runtime
         model = torch.compile(model)
-    model.num_classes = net.num_classes     # the objective reads it; DDP and compile hide it
+    # The objective reads these; DDP and compile hide them.
+    model.num_classes, model.null = net.num_classes, getattr(net, "null", None)
     return model
 
 

@@ -143,6 +143,14 @@ def predict(net, transport, x_t, t, y):
     return F_t, *transport.solve(F_t, x_t, t)
 
 
+def null_of(net):
+    """The function from conditions y (B, ...) to no condition, like y: net.null, or by default one that
+    returns the class net.num_classes. None: the network knows no such thing."""
+    num_classes = getattr(net, "num_classes", None)
+    to_class = (lambda y: torch.full_like(y, num_classes)) if num_classes else None
+    return getattr(net, "null", None) or to_class
+
+
 # ---- the objective -------------------------------------------------------------------------------------
 
 CHOICES = {"style": ("none", "ft-vs-fe", "fc-vs-fe", "fc-vs-xz"), "time_weight": ("cosine", "none"),
@@ -213,15 +221,16 @@ class Objective:
     def __call__(self, net, x, y, t, z, drop, teacher=None, lam=None):
         """The loss of each sample, (B,), time weight included.
 
-        net, teacher: (x_t, t, y) -> F like x_t; net.num_classes is the null class. x, z (B, C, H, W), t (B,)
-        in [0, 1], y (B,) int64; drop (B,) bool: rows whose label becomes the null class. lam: where lam moves
-        during a run, its present value as a scalar tensor. ValueError: no null class, or no teacher.
+        net, teacher: (x_t, t, y) -> F like x_t. x, z (B, C, H, W), t (B,) in [0, 1], y (B,) int64 or (B, ...)
+        of any kind; drop (B,) bool: rows whose y becomes null_of(net)'s. lam: where lam moves during a run,
+        its present value as a scalar tensor. ValueError: no null class, or no teacher.
         """
-        transport, num_classes = resolve(self.transport), getattr(net, "num_classes", None)
-        self.check_networks(num_classes, teacher is not None)
-        if num_classes is not None:
-            drop = drop & (num_classes > 0)             # without classes there is nothing to drop
-            y = torch.where(drop, num_classes, y)       # the null class
+        transport, null = resolve(self.transport), null_of(net)
+        self.check_networks(null, teacher is not None)
+        if null:
+            y = torch.where(expand(drop, y), null(y), y)
+        elif getattr(net, "num_classes", None) == 0:
+            drop = torch.zeros_like(drop)               # without classes there is nothing to drop
         elif drop.any():
             raise ValueError("labels are dropped, but the network has no null class: set label_drop to 0")
         t = t.clamp(1e-4, 1 - 1e-4)                     # at 0 and 1 the formulas exist only as limits
@@ -231,7 +240,7 @@ class Objective:
 
         with torch.no_grad():
             v = alpha_hat * z + gamma_hat * x
-            target = self.enhance(transport, teacher, v, F_t, x_t, t, y, num_classes, drop)  # v_star
+            target = self.enhance(transport, teacher, v, F_t, x_t, t, y, null, drop)        # v_star
             if self.lam > 0:
                 x_star, z_star = transport.solve(target, x_t, t)
                 x_hat, _ = transport.solve(F_t, x_t, t)
@@ -251,10 +260,10 @@ class Objective:
             loss = loss + (1 - F.cosine_similarity(F_t, target, dim=1, eps=1e-3)).flatten(1).mean(1)
         return self.weight(t) * loss
 
-    def check_networks(self, num_classes, has_teacher):
+    def check_networks(self, null, has_teacher):
         if self.zeta > 0 and not has_teacher:
             raise ValueError(f"style {self.style} needs a teacher (train.py: give --init_from)")
-        if self.zeta > 0 and self.style != "fc-vs-xz" and not num_classes:
+        if self.zeta > 0 and self.style != "fc-vs-xz" and not null:
             raise ValueError(f"style {self.style} needs the null class: use class labels, or zeta 0")
 
     def enhance(self, transport, teacher, v, F_t, x_t, t, y, null, drop):
@@ -275,8 +284,7 @@ class Objective:
         if self.zeta == 0:
             return v
         guided = F_t if self.style == "ft-vs-fe" else transport.call(teacher, x_t, t, y)
-        reference = (v if self.style == "fc-vs-xz" else
-                     transport.call(teacher, x_t, t, torch.full_like(y, null)))
+        reference = v if self.style == "fc-vs-xz" else transport.call(teacher, x_t, t, null(y))
         low, high = self.enhance_range
         inside = expand((low < t) & (t < high), x_t)
         v_star = torch.where(inside, v + self.zeta * (guided - reference), (v + guided) / 2)

@@ -51,7 +51,7 @@ from checkpoint import load_model
 from data import class_number, image_grid, noise_like_seed, to_uint8
 from engine import (atomic_write, autocast, check_writable, from_rank0, init_distributed, leave_distributed,
                     pick_device, pick_dtype, print0, rank_and_world, rank_batches, run)
-from objective import resolve
+from objective import null_of, resolve
 from sampler import check_sampler, count_nfe, sample, time_grid
 
 SHIPPED = Path(__file__).parent / "assets/avatars-few.safetensors"
@@ -80,7 +80,7 @@ class Pipeline(NamedTuple):
         with user_errors():
             times = time_grid(s["steps"], s["schedule"], s["gap"], s["order"], s["kappa"], s["transport"])
             check_sampler(resolve(s["transport"]), times, s["kappa"], s["rho"], s["order"], s["cfg_scale"],
-                          self.net.num_classes)
+                          null_of(self.net))
         return count_nfe(times, s["transport"], s["order"], s["cfg_scale"], s["cfg_interval"])
 
     def to_images(self, x):

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from objective import expand, predict, resolve
+from objective import expand, null_of, predict, resolve
 
 
 def tau_at(transport, t):
@@ -131,20 +131,19 @@ def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
 
 @torch.no_grad()
 def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1, schedule=(1.0, 1.0, 1.0),
-           gap=(1e-3, 1e-3), cfg_scale=1.0, cfg_interval=(0.0, 1.0), times=None, null=None, noise=None,
-           on_step=None):
-    """Images x_hat like z (B, ...) from noise z and classes y (B,).
+           gap=(1e-3, 1e-3), cfg_scale=1.0, cfg_interval=(0.0, 1.0), times=None, noise=None, on_step=None):
+    """Images x_hat like z (B, ...) from noise z and classes y (B,), or other conditions y (B, ...).
 
     net(x, t, y) -> like x, called in z's dtype. kappa: a number or "auto". rho: a number in 0..1 or "sde".
-    times: a grid in place of steps, schedule and gap. null: the null class of guidance, by default
-    net.num_classes. noise(i) -> fresh noise like z. on_step(i, t, x_hat) sees each raw prediction.
+    times: a grid in place of steps, schedule and gap. Guidance takes objective.null_of(net). noise(i) ->
+    fresh noise like z. on_step(i, t, x_hat) sees each raw prediction.
     ValueError: settings that exclude each other, or a first time at which the formula divides by zero.
     """
     transport = resolve(transport)
     times = time_grid(steps, schedule, gap, order, kappa, transport) if times is None else times
     times = [*(float(t) for t in times if t != 0), 0.0]
-    null = getattr(net, "num_classes", None) if null is None else null
     noise = noise or (lambda i: torch.randn_like(z))
+    null = null_of(net)
     check_sampler(transport, times, kappa, rho, order, cfg_scale, null)
     x = z.to(torch.float32 if z.device.type == "mps" else torch.float64)     # the state; MPS has no float64
     t = torch.tensor(times, dtype=x.dtype)                                   # (N + 1,), on the CPU
@@ -155,7 +154,7 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
             x, t = x.to(z.dtype), t.to(z.dtype)
             if not is_guided(transport, times[i], cfg_scale, cfg_interval):
                 return net(x, t, y)
-            both = torch.cat([y, torch.full_like(y, null)])          # one call of twice the batch
+            both = torch.cat([y, null(y)])           # one call of twice the batch
             F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
             return F_null + cfg_scale * (F_y - F_null)
         t_i = torch.full((len(x),), times[i], dtype=x.dtype, device=x.device)    # (B,), not a copy: no wait
@@ -177,7 +176,7 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
 
 
 def check_sampler(transport, times, kappa, rho, order, cfg_scale, null):
-    """ValueError if these exclude each other. times as from time_grid; null: the null class or None."""
+    """ValueError if these exclude each other. times as from time_grid; null: from null_of."""
     if len(times) < 2 or times[0] > 1 or any(now <= after for now, after in zip(times, times[1:])):
         raise ValueError(f"times must fall from at most 1 towards 0, found {times[:-1]}")
     rho_is_known = rho == "sde" or not isinstance(rho, str) and 0 <= rho <= 1
@@ -189,5 +188,5 @@ def check_sampler(transport, times, kappa, rho, order, cfg_scale, null):
     if transport.determinant(start).abs() < 1e-6 or order == 2 and transport.gamma(start).abs() < 1e-6:
         raise ValueError(f"at t = {times[0]} the share of data in x is 0, and order 2 and epsilon-prediction "
                          "divide by it: set gap[0] above 0, such as 0.001")
-    if cfg_scale != 1 and not null:
+    if cfg_scale != 1 and null is None:
         raise ValueError(f"guidance {cfg_scale} needs a null class, which the network lacks; use cfg_scale 1")

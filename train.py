@@ -36,7 +36,7 @@ from engine import (Signals, atomic_write, autocast, can_compile, check_writable
                     pick_dtype, print0, rank_and_world, run, spare_threads, wrap)
 from log import (Log, LossByTime, describe, draw_curves, flops_per_image, last_words, preview, ticking,
                  utilisation)
-from objective import resolve
+from objective import null_of, resolve
 from optim import (Skipped, can_capture, clip_gradient, finite_mean, learning_rate, make_optimizer,
                    optimizer_step, set_lr, update_ema)
 from sample import Pipeline
@@ -154,7 +154,7 @@ def check_setup(config, data, net, previous, start_step, previous_names):
     """UserError for every reason not to start. previous, start_step, previous_names: of the resumed run."""
     with user_errors():
         objective = config.objective()
-        objective.check_networks(net.num_classes, config.init_from or config.style == "ft-vs-fe")
+        objective.check_networks(null_of(net), config.init_from or config.style == "ft-vs-fe")
     Pipeline(net, config, data.names, None, None).nfe()         # the settings with which it will be sampled
     if objective.lam > 0 and resolve(config.transport).is_singular(0.1):
         print0(f"warning: {config.transport} with lam {objective.lam:g} trains to nothing, since at one end "
@@ -192,7 +192,7 @@ def held_out_loss(objective, net, teacher, x, y):
     """The loss on images that are never trained on, at fixed times and with fixed noise."""
     t = (torch.arange(len(x)).to(x) + 0.5) / len(x)
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    drop = torch.zeros_like(y, dtype=torch.bool)
+    drop = torch.zeros_like(t, dtype=torch.bool)
     groups = zip(*(v.split(64) for v in (x, y, t, z, drop)))
     return torch.cat([objective(net, *group, teacher) for group in groups]).mean().item()
 

@@ -47,7 +47,9 @@ class Options:
 def dit(transformer):
     """diffusers' DiTTransformer2DModel as net(x, t, y) for transport ddpm: epsilon, without the variances."""
     channels = transformer.config.in_channels
-    return lambda x, t, y: transformer(x, timestep=t, class_labels=y).sample[:, :channels]
+    net = lambda x, t, y: transformer(x, timestep=t, class_labels=y).sample[:, :channels]
+    net.num_classes = 1000
+    return net
 
 
 def draw_page(options):
@@ -61,7 +63,7 @@ def draw_page(options):
     z, y = noise_like_seed(range(4), (4, side, side)).to(device), torch.tensor(labels, device=device)
     rows = []
     for kappa in (0.0, 0.3, "auto"):
-        x = sample(net, z, y, "ddpm", options.steps, kappa, cfg_scale=options.cfg_scale, null=1000)
+        x = sample(net, z, y, "ddpm", options.steps, kappa, cfg_scale=options.cfg_scale)
         with torch.no_grad():
             rows.append(pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample.cpu())
     pipe.scheduler = UCGMScheduler.from_config(pipe.scheduler.config, kappa="auto")

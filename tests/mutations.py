@@ -377,7 +377,8 @@ CHANGES = [
     ("sampler.py", "partial(noise, i))\n    return alpha", "partial(noise, 0))\n    return alpha"),
     ("sampler.py", "F_null + cfg_scale * (F_y - F_null)", "F_y + cfg_scale * (F_y - F_null)"),
     ("sampler.py", "(rho != 0 or order == 2)", "(rho != 0 and order == 2)"),
-    ("sampler.py", "if cfg_scale != 1 and not null:", "if cfg_scale != 1 and null is None:"),
+    ("sampler.py", "if cfg_scale != 1 and null is None:", "if null is None:"),
+    ("objective.py", "if num_classes else None", "if num_classes is not None else None"),
 
     # ---- extras/latents.py
     ("extras/latents.py", '"stabilityai/sd-vae-ft-ema", 0.18215', '"stabilityai/sd-vae-ft-ema", 0.13025'),

@@ -85,7 +85,7 @@ def commands():
             line = re.sub(r" -m extras\.(\w+)", r" extras/\1.py", line)
             match = re.search(r"\b(python|torchrun)\b([^#&]*?) ([\w/]+\.py)\b([^#&]*)", line)
             if match:
-                words = [re.sub("^[A-Z]+$", "1", word) for word in shlex.split(match[4])]
+                words = [re.sub("^[A-Z]+$", "2", word) for word in shlex.split(match[4])]
                 found.append((path.name, match[2], match[3], words))
     return found
 
@@ -231,6 +231,24 @@ def test_the_network_in_contributing_trains_and_samples(tmp_path, monkeypatch, c
         assert status == 0, err
     assert page.is_file()
     assert log.flops_per_image(names["Tiny"](3, 8, 8)) > 0
+
+
+def test_the_condition_in_contributing_is_dropped_and_guided():
+    """Rows of y that are dropped act as rows of zeros, and guidance leads away from zeros."""
+    x, z, t, _, drop = batch(4, dtype=torch.float32)
+    x, z, y = x.repeat(1, 1, 2, 2), z.repeat(1, 1, 2, 2), torch.randn(4, 5)
+    names = {"torch": torch, "nn": torch.nn, "DiT": model.DiT, "Objective": Objective,
+             "sample": sampler.sample, "x": x, "y": y, "z": z, "t": t, "drop": drop}
+    exec(blocks(CONTRIBUTING, "python", "<!-- a condition -->")[0], names)
+    names["loss"].backward()
+    net = names["net"].requires_grad_(False)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    dropped = Objective()(net, x, y, t, z, drop)
+    assert_close(dropped, Objective()(net, x, y * ~drop[:, None], t, z, drop & False))
+    assert drop.any() and (dropped != Objective()(net, x, y, t, z, drop & False))[drop].all()
+    guided = lambda x, t, y: net(x, t, 0 * y) + 2 * (net(x, t, y) - net(x, t, 0 * y))
+    assert_close(sampler.sample(net, z, y, steps=3, cfg_scale=2.0), sampler.sample(guided, z, y, steps=3))
 
 
 class Denoiser(torch.nn.Module):

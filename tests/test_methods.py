@@ -60,7 +60,7 @@ def test_meanflow_to_the_data():
 @pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize("lam", [0.3, 0.9])
 def test_alphaflow_to_the_data(lam, moves):
-    """arXiv 2510.20771 at r = 0: alpha v + (1 - alpha) u at s = (1 - alpha) t, where alpha is 1 - lam."""
+    """AlphaFlow at r = 0: alpha v + (1 - alpha) u at s = (1 - alpha) t, where alpha is 1 - lam."""
     net, alpha = Net(), 1 - lam
     theirs = alpha * v + (1 - alpha) * net(at((1 - alpha) * T), (1 - alpha) * t, y)
     how = dict(lam=1.0, moving=torch.tensor(lam, dtype=t.dtype)) if moves else dict(lam=lam)

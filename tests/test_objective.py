@@ -7,9 +7,12 @@ import torch
 from torch.testing import assert_close
 from toys import Net, batch, calls_of
 
-from objective import TRANSPORTS, Objective, predict, resolve
+import engine
+from objective import TRANSPORTS, Objective, null_of, predict, resolve
+from sampler import sample
 
 REGULAR = [name for name, row in TRANSPORTS.items() if not row.is_singular()]
+null = lambda y: torch.full_like(y, 3)          # of toys.Net
 column = lambda v: v.view(-1, 1, 1, 1)
 rms = lambda difference: difference.square().flatten(1).mean(1).sqrt()
 
@@ -223,7 +226,7 @@ def test_enhancing_the_target_is_enhancing_the_pair(name, style):
     reference = (x, z) if style == "fc-vs-xz" else predict(teacher, row, x_t, t, torch.full_like(y, 3))[1:]
     pair = [move(*values, 1.7, t, drop) for values in zip((x, z), guided, reference)]
 
-    v_star = Objective(name, zeta=1.7, style=style).enhance(row, teacher, v, F_t, x_t, t, y, 3, drop)
+    v_star = Objective(name, zeta=1.7, style=style).enhance(row, teacher, v, F_t, x_t, t, y, null, drop)
     for ours, expected, start in zip(row.solve(v_star, x_t, t), pair, (x, z)):
         assert_close(ours, expected, rtol=1e-8, atol=1e-8)
         assert (ours - start).abs().max() > 0.1
@@ -329,7 +332,7 @@ def test_enhancement_is_inside_an_open_range():
     v, x_t = z - x, t.view(-1, 1, 1, 1) * z + (1 - t.view(-1, 1, 1, 1)) * x
     with torch.no_grad():
         F_y, F_null = teacher(x_t, t, y), teacher(x_t, t, torch.full_like(y, 3))
-        found = objective.enhance(row, teacher, v, None, x_t, t, y, 3, keep)
+        found = objective.enhance(row, teacher, v, None, x_t, t, y, null, keep)
     assert_close(found[2], (v + 2 * (F_y - F_null))[2])
     for k in (0, 1, 3, 4):
         assert_close(found[k], ((v + F_y) / 2)[k])
@@ -453,3 +456,40 @@ def test_the_exact_solution_is_a_stationary_point(name, lam, kind):
     error = at.std(1) / n**0.5
     assert (at.mean(1).abs() < 4 * error).all()
     assert (error < 0.02 * away.abs().max()).all()
+
+
+# ---- conditions that are not classes -------------------------------------------------------------------
+
+class VectorNet(Net):
+    """Net for classes as one-hot rows of floats, the last of them none: the same function in another form."""
+    def forward(self, x, t, y):
+        assert y.dtype == torch.float64 and y.shape[1:] == (4,)
+        return super().forward(x, t, y.argmax(1))
+
+    def null(self, y):
+        return torch.eye(4, dtype=y.dtype)[3].expand_as(y)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=1.0, zeta=1.5, style="fc-vs-fe"),
+    dict(lam=0.5, zeta=1.0, style="fc-vs-xz")])
+def test_a_condition_of_floats_is_dropped_taught_and_guided_as_a_class_is(settings):
+    x, z, t, y, drop = batch()
+    rows, objective = torch.eye(4, dtype=torch.float64)[y], Objective(**settings)
+    losses = [objective(net(0), x, condition, t, z, drop, net(1))
+              for net, condition in ((Net, y), (VectorNet, rows))]
+    assert_close(*losses, rtol=0, atol=0)
+    images = [sample(net(), z, condition, steps=3, cfg_scale=2.0)
+              for net, condition in ((Net, y), (VectorNet, rows))]
+    assert_close(*images, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="null class"):
+        sample(lambda x, t, y: x, z, rows, steps=3, cfg_scale=2.0)
+
+
+def test_a_wrapped_network_keeps_its_null_condition(monkeypatch):
+    """DDP hides the methods of the network inside."""
+    net, y = VectorNet(), torch.zeros(2, 4, dtype=torch.float64)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(engine, "DistributedDataParallel", lambda net, **how: torch.nn.Sequential(net))
+    wrapped = engine.wrap(net, torch.device("cpu"), False)
+    assert wrapped is not net and torch.equal(null_of(wrapped)(y), net.null(y))

@@ -216,8 +216,8 @@ def test_guidance_is_linear_in_the_output_and_closed_at_its_ends():
     # relinear's own time runs the other way: 0.1, 0.5, 0.75
     assert count_nfe([*times, 0.0], "relinear", 1, scale, (0.0, 0.2)) == 4
     # against itself as the null class, guidance is nothing
-    ones = torch.ones_like(y)
-    ours = sample(net, z, ones, times=times, cfg_scale=scale, null=1)
+    ones, net.num_classes = torch.ones_like(y), 1
+    ours = sample(net, z, ones, times=times, cfg_scale=scale)
     assert_close(ours, sample(net, z, ones, times=times))
 
 
@@ -252,6 +252,15 @@ def test_bad_settings(bad, words):
     with pytest.raises(ValueError, match=words) as error:
         sample(lambda x, t, y: x, z, y, **bad)
     assert "\n" not in str(error.value)
+
+
+def test_a_network_without_classes_cannot_be_guided():
+    """Its only row is class 0, which must not be taken for the null class."""
+    (z, y), net = start(), Net()
+    net.num_classes = 0
+    assert sample(net, z, 0 * y, steps=2).isfinite().all()
+    with pytest.raises(ValueError, match="guidance 2.0 needs a null class"):
+        sample(net, z, 0 * y, steps=2, cfg_scale=2.0)
 
 
 @pytest.mark.parametrize("wrong, words", [

@@ -191,8 +191,9 @@ def test_it_is_our_sampler_on_the_network_of_the_pipeline(name, how):
     source = g if name in ("sd", "sana") else torchs
     noise = lambda i: torch.randn(z.shape, generator=source)[kept]
     settings = {"kappa": how["kappa"], "rho": how.get("rho", 0.0), "times": pipe.scheduler.grid}
-    expected = sample(network_of(name, pipe, call), z[kept], torch.tensor([0, 1]), transport, **settings,
-                      cfg_scale=scale, null=2, noise=noise)
+    net = network_of(name, pipe, call)
+    net.num_classes = 2
+    expected = sample(net, z[kept], torch.tensor([0, 1]), transport, **settings, cfg_scale=scale, noise=noise)
     assert_same(x[kept], expected)
     if name == "dit":
         schedule, gap = how.get("schedule", (1.0, 1.0, 1.0)), how.get("gap", (1e-3, 1e-3))
@@ -220,8 +221,10 @@ def test_images_to_images(name):
         (z, t), scheduler = pipe.first, pipe.scheduler
         assert_close(t, scheduler.timesteps[4])
         transport = scheduler.transport if name == "sd" else "linear"
-        same = sample(network_of(name, pipe, call), z, torch.tensor([0, 1]), transport, kappa="auto", null=2,
-                      times=scheduler.grid[4:], cfg_scale=1.0 if name == "flux" else 2.5)
+        net = network_of(name, pipe, call)
+        net.num_classes = 2
+        same = sample(net, z, torch.tensor([0, 1]), transport, kappa="auto", times=scheduler.grid[4:],
+                      cfg_scale=1.0 if name == "flux" else 2.5)
         assert_same(x, same)
 
 
