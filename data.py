@@ -20,8 +20,6 @@ not agree on anything. `python data.py` draws a page of shapes.
 import functools
 import hashlib
 import os
-import shutil
-import tempfile
 import textwrap
 from pathlib import Path
 
@@ -30,7 +28,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from config import UserError
-from engine import as_one_error, locked, print0
+from engine import as_one_error, print0
 from images import find_classes, read_images, read_square
 from shapes import Shapes, derive_seed, uniforms
 
@@ -136,40 +134,10 @@ def open_npz(path, seed):
     return from_arrays(x, y, names, seed)
 
 
-TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
-
-
-def fetch(kind, root, files):
-    """Unpack those files of a torchvision data set that are in `root`, or download them all. A try that fails
-    leaves nothing behind."""
-    from torchvision.datasets.utils import extract_archive
-    with tempfile.TemporaryDirectory(dir=root) as new:
-        for file in filter(lambda file: (root / file).is_file(), files):
-            folder = (Path(new) / file).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            extract_archive(str(root / file), str(folder))
-        kind(new, download=True)
-        shutil.copytree(new, root, dirs_exist_ok=True)
-
-
-def open_torchvision(name, root, seed, test):
-    import torchvision.datasets as sets
-    kind, root = getattr(sets, TORCHVISION[name]), Path(root)
-    read = functools.partial(kind, root, train=not test)
-    files = [kind.filename] if name == "cifar10" else [f"{kind.__name__}/raw/{f}" for f, _ in kind.resources]
-    try:
-        images = read()
-    except RuntimeError:            # not there, or not unpacked
-        hint = f"put {', '.join(files)} into {root}, or use --data npz:PATH"
-        with as_one_error(f"{name} is not in {root} and cannot be downloaded", hint), locked(root):
-            fetch(kind, root, files)
-        images = read()
-    return from_arrays(images.data, images.targets, list(images.classes), seed, mirror=name == "cifar10")
-
-
 # ---- by name ------------------------------------------------------------------------------------------
 
-SIZES = {"shapes": 32, "folder": 32, "hf": 32, "mnist": 28, "fashion": 28, "cifar10": 32}     # in pixels
+TORCHVISION = {"mnist": 28, "fashion": 28, "cifar10": 32}       # names and pixels of extras/downloads.py
+SIZES = {"shapes": 32, "folder": 32, "hf": 32, **TORCHVISION}
 
 
 def open_dataset(name, size=None, seed=0, labels="all", cache=None, test=False):
@@ -193,6 +161,7 @@ def open_dataset(name, size=None, seed=0, labels="all", cache=None, test=False):
     elif kind == "npz":
         data = open_npz(path, seed)
     elif kind in TORCHVISION:
+        from extras.downloads import open_torchvision
         data = open_torchvision(kind, path or "data", seed, test)
     else:
         known = ", ".join(["shapes", *TORCHVISION, "folder:PATH", "hf:NAME", "npz:PATH"])

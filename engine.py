@@ -207,8 +207,7 @@ def wrap(net, device, compiled, fsdp=False):
     if compiled and on_cpu:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # it misses CUDA's runtime
         model = torch.compile(model)
-    # The objective reads these; DDP and compile hide them.
-    model.num_classes, model.null = net.num_classes, getattr(net, "null", None)
+    model.num_classes, model.null = net.num_classes, getattr(net, "null", None)     # which DDP hides
     return model
 
 
@@ -342,13 +341,8 @@ def locked(folder):
     with contextlib.suppress(OSError):          # whoever writes there will report it
         Path(folder or "").mkdir(parents=True, exist_ok=True)
     if folder and os.access(folder, os.W_OK):
-        lock = Path(folder) / ".lock-data"
-        try:
-            with filelock.FileLock(lock):
-                yield
-        finally:
-            if os.listdir(folder) == [lock.name]:       # nothing was made
-                shutil.rmtree(folder, ignore_errors=True)
+        with filelock.FileLock(Path(folder) / ".lock-data"):
+            yield
     else:
         yield
 

@@ -19,8 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from checkpoint import find_states
 from config import Config, UserError, text_of
 from data import image_grid
-from engine import (atomic_write, claim_folder, ignore_disk_errors, one_line, print0, rank_and_world,
-                    sum_over_ranks)
+from engine import atomic_write, claim_folder, ignore_disk_errors, print0, rank_and_world, sum_over_ranks
 from recipes import RECIPES
 from sample import generate
 
@@ -45,7 +44,10 @@ class Log:
         with ignore_disk_errors(self.path, tell, None):
             text = "".join(json.dumps(line) + "\n" for line in kept)
             atomic_write(self.path, lambda file: file.write_text(text))
-        self.report = reporter(config, out, start_step)
+        self.report = lambda numbers, step: None
+        if config.report_to:
+            from extras.reports import reporter
+            self.report = reporter(config, out, start_step)
         self.write({"config": dataclasses.asdict(config), "commit": commit(), "torch": torch.__version__,
                     "python": platform.python_version(), "from_step": start_step})
 
@@ -62,27 +64,6 @@ class Log:
             print(json.dumps(line), file=file)
         if "step" in line:
             self.report(numbers, line["step"])
-
-
-def reporter(config, out, start_step):
-    """A function of (numbers by name, step) that passes them to tensorboard or wandb if config says so."""
-    try:
-        if config.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(out, purge_step=start_step + 1)       # a kill may have left later steps
-            return lambda numbers, step: [board.add_scalar(*number, step) for number in numbers.items()]
-        if config.report_to == "wandb":
-            import wandb            # the project is $WANDB_PROJECT
-            settings, path = dataclasses.asdict(config), Path(out) / "wandb-id"
-            if not path.is_file():                                      # a resumed run continues its curves
-                path.write_text(wandb.util.generate_id())
-            return wandb.init(name=config.recipe, config=settings, dir=out, id=path.read_text(),
-                              resume="allow").log
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install it, or omit --report_to") from error
-    except Exception as error:          # no login, no network
-        raise UserError(f"{config.report_to} does not start ({one_line(error)}): omit --report_to") from error
-    return lambda numbers, step: None
 
 
 def read_log(out):

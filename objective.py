@@ -194,9 +194,8 @@ class Objective:
         if self.zeta > 0 and self.style == "none":
             raise ValueError(f"zeta {self.zeta} needs a style: ft-vs-fe, fc-vs-fe or fc-vs-xz")
         if self.zeta > 0 and self.style == "ft-vs-fe" and self.lam > 0:
-            raise ValueError(f"style ft-vs-fe is for lam 0, not {self.lam:g}; use fc-vs-fe, fc-vs-xz, or to "
-                             f"train without a teacher type python train.py --lam {self.lam:g} --zeta 0 "
-                             "--style none --kappa 0 --rho 1")
+            raise ValueError("style ft-vs-fe is for lam 0: use fc-vs-fe, fc-vs-xz, or without a teacher type "
+                             f"python train.py --lam {self.lam:g} --zeta 0 --style none --kappa 0 --rho 1")
         if resolve(self.transport).is_singular() and self.lam > 0:
             able = ", ".join(name for name, row in TRANSPORTS.items() if not row.is_singular())
             raise ValueError(f"{self.transport} cannot train with lam > 0, since at one end its output does "

@@ -16,7 +16,8 @@ from toys import ROOT, Net, batch, calls_of
 
 from config import Config, UserError
 from experiments import bench, memory
-from log import Log, LossByTime, draw_curves, flops_per_image, forwards, last_words, reporter
+from extras.reports import reporter
+from log import Log, LossByTime, draw_curves, flops_per_image, forwards, last_words
 from model import FAMILIES, MODELS, DiT
 from objective import Objective
 
