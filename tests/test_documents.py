@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -23,6 +24,7 @@ import log
 import model
 import sample
 import sampler
+from data import FiniteDataset
 from config import SamplerFlags, read_config, read_flags, recipe_row
 from recipes import RECIPES
 from objective import TRANSPORTS, Objective, edm_s, expand, predict
@@ -231,6 +233,17 @@ def test_the_network_in_contributing_trains_and_samples(tmp_path, monkeypatch, c
         assert status == 0, err
     assert page.is_file()
     assert log.flops_per_image(names["Tiny"](3, 8, 8)) > 0
+
+
+def test_the_floats_in_contributing_stream_unchanged(tmp_path):
+    x = np.random.default_rng(0).uniform(-1, 1, (20, 2, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    names = {"np": np, "torch": torch, "FiniteDataset": FiniteDataset, "path": tmp_path / "x.npy", "seed": 3}
+    exec(blocks(CONTRIBUTING, "python", "<!-- floats -->")[0], names)
+    shown, y = names["data"][np.arange(20)]
+    order = np.argsort(shown[:, 0, 0, 0].numpy())
+    assert np.array_equal(shown[order], x[np.argsort(x[:, 0, 0, 0])]) and not y.any()
+    assert names["data"].shape == (2, 8, 8) and names["data"].names == []
 
 
 def test_the_condition_in_contributing_is_dropped_and_guided():
