@@ -156,7 +156,7 @@ def check_setup(config, data, net, previous, start_step, previous_names):
         objective = config.objective()
         objective.check_networks(null_of(net), config.init_from or config.style == "ft-vs-fe")
     Pipeline(net, config, data.names, None, None).nfe()         # the settings with which it will be sampled
-    if objective.lam > 0 and resolve(config.transport).is_singular(0.1):
+    if objective.lam > 0 and not config.init_from and resolve(config.transport).is_singular(0.1):
         print0(f"warning: {config.transport} with lam {objective.lam:g} trains to nothing, since at one end "
                "its output hardly determines the data; use --transport linear")
     if config.zeta > 0 and config.style == "ft-vs-fe" and not config.label_drop:
