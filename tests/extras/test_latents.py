@@ -74,6 +74,14 @@ def test_an_encoded_folder_and_its_stream(tmp_path, monkeypatch):
     assert [labels[k] for k, _ in found] == y.tolist()
     assert torch.equal(open_latents(out, 3)[np.arange(100, 120)][0], data[np.arange(100, 120)][0])
 
+    # equal labels are not the same run: the first latent of a shard is part of its identity
+    path = min(out.glob("*.safetensors"))
+    shard, before = load_file(path), data.fingerprint
+    assert open_latents(out, 3).fingerprint == before
+    shard["latents"][0] += 1
+    save_file(shard, path)
+    assert open_latents(out, 3).fingerprint != before
+
     strict = latents.Options(data=f"folder:{root}", vae="e2e-vavae", size=32, out=str(tmp_path / "strict"),
                              max_unreadable=0, workers=0, device="cpu")
     with pytest.raises(ValueError, match="max_unreadable"):
