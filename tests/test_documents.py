@@ -246,6 +246,42 @@ def test_the_floats_in_contributing_stream_unchanged(tmp_path):
     assert names["data"].shape == (2, 8, 8) and names["data"].names == []
 
 
+def gaussian(x, t, y):
+    """The exact velocity of Gaussian data of deviation .5."""
+    t = expand(t, x)
+    return (t - (1 - t) * 0.25) / (t**2 + (1 - t) ** 2 * 0.25) * x
+
+
+def test_inpainting_in_contributing_keeps_what_is_known():
+    x, z, _, y, _ = batch()
+    names = dict(torch=torch, expand=expand, sample=sampler.sample, net=gaussian, known=x, z=z, y=y,
+                 mask=torch.rand(x.shape) < 0.5)
+    exec(blocks(CONTRIBUTING, "python", "<!-- inpainting -->")[0], names)
+    free = sampler.sample(gaussian, z, y, steps=40)
+    assert_close(names["images"], torch.where(names["mask"], x, free))       # each pixel is on its own here
+
+
+def test_the_density_in_contributing_is_the_gaussians():
+    x, _, _, y, _ = batch()
+    names = dict(torch=torch, math=math)
+    exec(blocks(CONTRIBUTING, "python", "<!-- likelihood -->")[0], names)
+    exact = torch.distributions.Normal(0, 0.5).log_prob(x).flatten(1).sum(1)
+    assert_close(names["log_density"](gaussian, x, y, 400), exact, rtol=2e-3, atol=0)
+
+
+def test_reflow_in_contributing_trains_on_the_pairs_of_a_model():
+    """A network that sends z straight to the model's image has no loss; the model itself has one."""
+    _, z, _, y, _ = batch()
+    objective = Objective(label_drop=0.0, time_weight="none")
+    end = sampler.sample(gaussian, z, y, steps=40, kappa="auto")
+    losses = {}
+    for name, net in (("straight", lambda x_t, t, y: z - end), ("model", gaussian)):
+        names = dict(sample=sampler.sample, trained=gaussian, objective=objective, net=net, z=z, y=y)
+        exec(blocks(CONTRIBUTING, "python", "<!-- reflow -->")[0], names)
+        losses[name] = names["loss"].item()
+    assert losses["straight"] < 1e-9 < 1e-2 < losses["model"]
+
+
 def test_the_condition_in_contributing_is_dropped_and_guided():
     """Rows of y that are dropped act as rows of zeros, and guidance leads away from zeros."""
     x, z, t, _, drop = batch(4, dtype=torch.float32)
