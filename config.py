@@ -134,7 +134,8 @@ class Config:
             raise UserError(f"ema is {text_of(self.ema)}; give one or more distinct decay rates")
         if self.cfg_interval[0] > self.cfg_interval[1]:
             raise UserError(f"cfg_interval is {text_of(self.cfg_interval)}; it must rise, such as .2,.8")
-        if not re.fullmatch(r"[\d.][\d.e-]*(:[\d.][\d.e-]*)?", str(self.lam)):
+        number = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"
+        if not re.fullmatch(f"{number}(:{number})?", str(self.lam)):
             raise UserError(f"lam is {self.lam}; give a number from 0 to 1, or two such as 0:1")
         if self.optimizer == "muon" and self.fsdp:
             raise UserError("muon needs whole matrices: leave --fsdp out, or use --optimizer adamw")

@@ -137,7 +137,7 @@ def open_npz(path, seed):
 # ---- by name ------------------------------------------------------------------------------------------
 
 TORCHVISION = {"mnist": 28, "fashion": 28, "cifar10": 32}       # names and pixels of extras/downloads.py
-SIZES = {"shapes": 32, "folder": 32, "hf": 32, **TORCHVISION}
+PIXELS = {"shapes": 32, "folder": 32, "hf": 32, **TORCHVISION}
 
 
 def open_dataset(name, size=None, seed=0, labels="all", cache=None, test=False):
@@ -152,12 +152,12 @@ def open_dataset(name, size=None, seed=0, labels="all", cache=None, test=False):
     kind, _, path = name.partition(":")
     path = os.path.expanduser(path)
     if kind == "shapes":
-        data = Shapes(size or SIZES[kind], seed)
+        data = Shapes(size or PIXELS[kind], seed)
     elif kind == "folder":
         data = open_folder(path, size or 32, seed, cache)
     elif kind == "hf":
         from extras.hub import open_hub
-        data = open_hub(path, size or SIZES[kind], seed, labels, cache, test)
+        data = open_hub(path, size or PIXELS[kind], seed, labels, cache, test)
     elif kind == "npz":
         data = open_npz(path, seed)
     elif kind in TORCHVISION:

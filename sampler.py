@@ -8,8 +8,8 @@ At each time the network says which data and which noise it sees in x, and the n
 The rest is optional: extrapolate (kappa), replace part of the noise (rho), look ahead (order 2). With none of
 them this is Euler's method on flow matching and DDIM on DDPM; README.md has a table of what else it is.
 
-kappa "auto" rests on one fact: every path is the straight path. Let tau = alpha / (alpha + gamma), that falls
-to 0, and u = x / (alpha + gamma). Then du / dtau = v = z_hat - x_hat on every transport.
+kappa "auto" rests on one fact: every path is the straight path. Let u = x / (alpha + gamma), and let
+tau = alpha / (alpha + gamma), which falls to 0. Then du / dtau = v = z_hat - x_hat on every transport.
 """
 from functools import partial
 
@@ -91,8 +91,9 @@ def next_u(calls, now, after, u, v):
 
     First correct, then predict. u was a prediction, and v is the network's answer there. Now that v is known
     at both ends of the step that led to u, repeat that step with the last three v (Adams-Moulton), at no
-    further call. Then predict (Adams-Bashforth): with three v for images whose v changed by less than .1 of
-    itself, with two if by less than .5, else straight along v; if by more than itself, do not correct either.
+    further call. Then predict the next u (Adams-Bashforth). How many v that takes depends on how much v has
+    just changed, relative to itself: three below .1, two below .5, otherwise one. An image whose v changed
+    by more than itself is not corrected either.
     """
     change = torch.ones_like(u)
     if calls:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from checkpoint import (build, find_model, load_model, newest_state, read_state, restore_state, save_state,
                         set_aside, state_tensors)
-from data import SIZES, open_dataset, select_labels
+from data import PIXELS, open_dataset, select_labels
 from engine import (Signals, atomic_write, autocast, can_compile, check_writable, fix_order, from_rank0,
                     gradient_sync, ignore_disk_errors, init_distributed, leave_distributed, pick_device,
                     pick_dtype, print0, rank_and_world, run, spare_threads, wrap)
@@ -102,7 +102,7 @@ def find_state(config):
     """The latest valid state of the run, or None. --fresh renames its folder, unless torchrun restarts it.
     UserError for whatever is wrong already before the data are read."""
     check_writable(config.out)
-    if size := SIZES.get(config.data.partition(":")[0]):
+    if size := PIXELS.get(config.data.partition(":")[0]):
         size = config.image_size or size
         with torch.device("meta"), contextlib.suppress(RuntimeError):   # a network may need real memory
             build(config, (3, size, size), 1)

@@ -8,7 +8,6 @@ AdamW and one average; 4 more for a teacher; 2 for the bfloat16 copy that autoca
 batch: the activations of one forward pass, each storage counted once. Not counted: what torch.compile fuses
 away, workspaces, and fragmentation.
 """
-import resource
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import read_flags, setting
 from engine import run
+from log import peak_memory
 from model import MODELS
 from objective import Objective
 
@@ -71,13 +71,14 @@ def main(options):
     if options.check:
         torch.set_num_threads(1)
         net = MODELS[options.check](input_size=16, in_channels=32, num_classes=1000)
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        before = peak()
+        cpu = torch.device("cpu")
+        before = peak_memory(cpu)
         loss_of(net, 16).backward()
+        measured = peak_memory(cpu) - before
         parameters, fixed, each = count(options.check, False)
         counted = (4 * parameters + fixed + 16 * each) / 2**30
         print(f"{options.check}: {counted:.2f} GiB by counting gradients and what is kept for 16 images, "
-              f"{peak() - before:.2f} GiB measured")
+              f"{measured:.2f} GiB measured")
         return
     batches = [int(n) for n in options.batches.split(",")]
     print(f"| network | fixed | teacher | {' | '.join(f'batch {n}' for n in batches)} | the last with "

@@ -198,7 +198,7 @@ CHANGES = [
     ("data.py", "x.tobytes() + y.tobytes()", "x.tobytes()"),
     ("extras/downloads.py", "train=not test", "train=True"),
     ("extras/downloads.py", 'mirror=name == "cifar10"', "mirror=True"),
-    ("data.py", "Shapes(size or SIZES[kind], seed)", "Shapes(size or SIZES[kind])"),
+    ("data.py", "Shapes(size or PIXELS[kind], seed)", "Shapes(size or PIXELS[kind])"),
     ("data.py", "int(text) < len(names)", "int(text) <= len(names)"),
     ("data.py", "seed if step is None else derive_seed(seed, step + 1)", "seed"),
     ("data.py", "x.float() + 128)", "x.float() + 127.5)"),

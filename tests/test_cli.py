@@ -407,7 +407,7 @@ def test_a_run_keeps_its_threads(home, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     "--seed 18446744073709551616", "--seed -1", "--image_size -32", "--grad_clip -1", "--ema .9,.9",
-    "--ema 1.5", "--lam x", "--lam 0:1:0", "--lam :1",
+    "--ema 1.5", "--lam x", "--lam 0:1:0", "--lam :1", "--lam 1..2", "--lam 0:nan",
     "--cfg_interval .8,.1", "--lr nan", "--gap nan,.1", "--warmdown -1", "--micro_batch -4", "--steps 0",
     "--time_beta 1,1", "--huber inf", "--time_beta nan,1,1"])
 def test_values_that_mean_nothing_are_refused(flags):

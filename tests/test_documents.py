@@ -24,8 +24,8 @@ import log
 import model
 import sample
 import sampler
-from data import FiniteDataset
 from config import SamplerFlags, read_config, read_flags, recipe_row
+from data import FiniteDataset
 from recipes import RECIPES
 from objective import TRANSPORTS, Objective, edm_s, expand, predict
 from train import split_batch
