@@ -118,7 +118,7 @@ def parts(call, device, kernels):
     return shares + " %", lines
 
 
-# ---- what is timed: (call, forward passes an image) ---------------------------------------------------
+# ---- what is timed: (call, forward passes per image) ---------------------------------------------------
 
 def make_batch(net, batch, device):
     """Noise (batch, C, S, S) and classes (batch,)."""
@@ -286,7 +286,7 @@ def main(options):
         name = torch.cuda.get_device_name(device)
     products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {str(dtype)[6:]}" for dtype, rate in rates.items())
     print(f"{name}, torch {torch.__version__}; {options.model} on {options.channels}x{options.size}x"
-          f"{options.size}: {flops / 1e9:.3f} GFLOP an image forward; matrix products {products}\n")
+          f"{options.size}: {flops / 1e9:.3f} GFLOP per image forward; matrix products {products}\n")
     print_row(COLUMNS)
     print("|---" * len(COLUMNS) + "|")
     nets = {"": build_net, **(find_peers(build_net) if options.baseline else {})}

@@ -1,6 +1,6 @@
 """The tables and curves of RESULTS.md from the lines that fid.py and peers.py wrote.
 
-    python experiments/report.py experiments/results/*.jsonl        # tables, and assets/nfe-DATA.png
+    python experiments/report.py experiments/results/curves-?.jsonl        # tables, and assets/nfe-DATA.png
 """
 import itertools
 import json
@@ -77,7 +77,7 @@ def plot(lines, path):
         drawn = axes.plot(calls, mean, marker="o", markersize=3, label=method)[0]
         low, high = list(map(min, scores)), list(map(max, scores))
         axes.fill_between(calls, low, high, alpha=0.15, color=drawn.get_color())
-    axes.set(xscale="log", xlabel="network evaluations an image",
+    axes.set(xscale="log", xlabel="network evaluations per image",
              ylabel=f"FD-{lines[0]['data']} (not FID), lower is better")
     axes.set_xticks(TICKS, map(str, TICKS))
     axes.minorticks_off()
