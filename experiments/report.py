@@ -91,7 +91,7 @@ def plot(lines, path):
 
 def main(paths, options):
     if not paths:
-        raise UserError("which lines? give files, such as experiments/results/*.jsonl")
+        raise UserError("which lines? give files, such as experiments/results/curves-?.jsonl")
     lines = read(paths)
     for data in dict.fromkeys(line["data"] for line in lines):
         of_data = [line for line in lines if line["data"] == data]
