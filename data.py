@@ -136,7 +136,7 @@ def open_npz(path, seed):
 
 # ---- by name ------------------------------------------------------------------------------------------
 
-TORCHVISION = {"mnist": 28, "fashion": 28, "cifar10": 32}       # names and pixels of extras/downloads.py
+TORCHVISION = {"mnist": 28, "fashion": 28, "cifar10": 32}       # the sets of extras/downloads.py, in pixels
 PIXELS = {"shapes": 32, "folder": 32, "hf": 32, **TORCHVISION}
 
 

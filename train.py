@@ -100,7 +100,7 @@ def draw(objective, x, seed, step, chunks, generator):
 
 def find_state(config):
     """The latest valid state of the run, or None. --fresh renames its folder, unless torchrun restarts it.
-    UserError for whatever is wrong already before the data are read."""
+    UserError for mistakes that show before the data are read."""
     check_writable(config.out)
     if size := PIXELS.get(config.data.partition(":")[0]):
         size = config.image_size or size
