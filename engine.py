@@ -314,7 +314,8 @@ def check_writable(folder):
     while not os.path.exists(above):
         above = above.parent
     if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"cannot write into {folder} ({above} is not a folder that you may write to): give another --out")
+        raise UserError(f"cannot write into {folder} ({above} is not a folder that you may write to): "
+                        "give another --out")
 
 
 def claim_folder(out):
