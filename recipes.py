@@ -29,7 +29,7 @@ def recipe(about, *parts, **more):
 
 
 RECIPES = {
-    "shapes":       recipe("many-step: 5 to 10 min, FD-shapes 3.2 @ 20",
+    "shapes":       recipe("many-step: 5 to 11 min, FD-shapes 3.2 @ 20",
                            SHAPES, MANY, MUON, zeta=0.4, lr=5e-3, kappa=0.7, steps=5000),
     "shapes-few":   recipe("two steps: 35 to 90 s, 5.9 @ 2",
                            SHAPES, FEW, steps=600, rho=1.0, gap=(0.001, 0.5)),
