@@ -52,7 +52,7 @@ from data import class_number, image_grid, noise_like_seed, to_uint8
 from engine import (atomic_write, autocast, check_writable, from_rank0, init_distributed, leave_distributed,
                     pick_device, pick_dtype, print0, rank_and_world, rank_batches, run)
 from objective import null_of, resolve
-from sampler import check_sampler, count_nfe, sample, time_grid
+from sampler import check_sampler, is_guided, sample, time_grid
 
 SHIPPED = Path(__file__).parent / "assets/avatars-few.safetensors"
 # The largest side of each format in pixels; an npz has no limit.
@@ -60,6 +60,13 @@ LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000, ".gif": 4_000, ".np
 
 
 # ---- from a model to images ---------------------------------------------------------------------------
+
+def count_nfe(times, transport="linear", order=1, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
+    """Network evaluations per image. A guided call is two; order 2 has two per step but the last."""
+    transport = resolve(transport)
+    cost = [1 + is_guided(transport, t, cfg_scale, cfg_interval) for t in times[:-1]]
+    return sum(cost) + (sum(cost[1:]) if order == 2 else 0)
+
 
 class Pipeline(NamedTuple):
     """A network and everything that it takes to draw images with it."""

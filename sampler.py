@@ -11,8 +11,6 @@ them this is Euler's method on flow matching and DDIM on DDPM; README.md has a t
 kappa "auto" rests on one fact: every path is the straight path. Let u = x / (alpha + gamma), and let
 tau = alpha / (alpha + gamma), which falls to 0. Then du / dtau = v = z_hat - x_hat on every transport.
 """
-from functools import partial
-
 import numpy as np
 import torch
 
@@ -31,8 +29,8 @@ def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1, kappa=
     t_{N-1} from 0, so for two steps gap[1] is the time of the second call; 0: one even step before 0.
     schedule: the Kumaraswamy warp (1 - (1 - u^a)^b)^c of u = 1 - t, which moves the ends too.
     kappa "auto": even in tau + log(tau / (1 - tau)) / 32 on every transport, then warped: a little denser at
-    both ends. Down to tau = (N - 1)^-1.5, though never below the tau of gap[1] or above 1 / N. With few calls
-    a later one is wasted; the straight step that is left keeps the third order.
+    both ends. Down to tau = (N - 1)^-1.5, but not below the tau of gap[1] or above 1 / N: of few calls, a
+    later one would be wasted, and the straight step that is left keeps the third order.
     """
     if (np.shape(gap) != (2,) or np.shape(schedule) != (3,) or steps < 1 or order not in (1, 2)
             or min(gap) < 0 or sum(gap) >= 1 or min(schedule) <= 0):
@@ -60,19 +58,12 @@ def is_guided(transport, t, cfg_scale, cfg_interval):
     return cfg_scale != 1 and cfg_interval[0] <= own <= cfg_interval[1]
 
 
-def count_nfe(times, transport="linear", order=1, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
-    """Network evaluations per image. A guided call is two; order 2 has two per step but the last."""
-    transport = resolve(transport)
-    cost = [1 + is_guided(transport, t, cfg_scale, cfg_interval) for t in times[:-1]]
-    return sum(cost) + (sum(cost[1:]) if order == 2 else 0)
-
-
-def renew(z_hat, rho, transport, now, after, noise):
-    """Replace rho of the variance by fresh noise; "sde": 2 |dt| alpha(now) / alpha(after)^2, at most 1."""
+def renew(z_hat, rho, transport, t, i, noise):
+    """Replace rho of the variance by fresh noise; "sde": 2 |dt| alpha(t_i) / alpha(t_{i+1})^2, at most 1."""
     if rho == "sde":
-        rho = 2 * (now - after).abs() * transport.alpha(now) / transport.alpha(after) ** 2
+        rho = 2 * (t[i] - t[i + 1]).abs() * transport.alpha(t[i]) / transport.alpha(t[i + 1]) ** 2
         rho = rho.clamp(0, 1).item()
-    return (1 - rho) ** 0.5 * z_hat + rho**0.5 * noise().to(z_hat) if rho else z_hat
+    return (1 - rho) ** 0.5 * z_hat + rho**0.5 * noise(i).to(z_hat) if rho else z_hat
 
 
 def integral(calls, start, end):
@@ -89,17 +80,15 @@ def integral(calls, start, end):
 def next_u(calls, now, after, u, v):
     """A step of kappa "auto": u (B, ...) at tau = after, from u and v at tau = now, which join calls.
 
-    First correct, then predict. u was a prediction, and v is the network's answer there. Now that v is known
-    at both ends of the step that led to u, repeat that step with the last three v (Adams-Moulton), at no
-    further call. Then predict the next u (Adams-Bashforth). How many v that takes depends on how much v has
-    just changed, relative to itself: three below .1, two below .5, otherwise one. An image whose v changed
-    by more than itself is not corrected either.
+    First correct, then predict. u was a prediction, and v is the network's answer there. So repeat the step
+    that led to u, now with the last three v, the new one among them (Adams-Moulton): no further call. Then
+    predict the next u (Adams-Bashforth) from three v where v has just changed by less than .1 of itself, from
+    two below .5, otherwise from one. An image whose v changed by more than itself is not corrected.
     """
     change = torch.ones_like(u)
     if calls:
         tau_previous, u_previous, v_previous = calls[-1]
-        change = (v - v_previous).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)          # (B,)
-        change = expand(change, v)                                                           # (B, 1, ...)
+        change = expand((v - v_previous).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1), v)  # (B, 1, ...)
         corrected = u_previous + integral([*calls[-2:], (now, u, v)], tau_previous, now)     # (B, ...)
         u = torch.where(change < 1, corrected, u)
     calls[:] = [*calls[-2:], (now, u, v)]
@@ -126,8 +115,7 @@ def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
     if kappa and i >= 2:                # as published; 1/3 is of second order, more sharpens
         x_hat, z_hat = (now + kappa * (now - previous) for now, previous in zip(predicted, calls[-1]))
     calls[:] = [predicted]              # not the extrapolated ones: x carries each correction on
-    z_new = renew(z_hat, rho, transport, t[i], t[i + 1], partial(noise, i))
-    return alpha * z_new + gamma * x_hat, z_hat
+    return alpha * renew(z_hat, rho, transport, t, i, noise) + gamma * x_hat, z_hat
 
 
 @torch.no_grad()
@@ -140,11 +128,10 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
     fresh noise like z. on_step(i, t, x_hat) sees each raw prediction.
     ValueError: settings that exclude each other, or a first time at which the formula divides by zero.
     """
-    transport = resolve(transport)
+    transport, null = resolve(transport), null_of(net)
     times = time_grid(steps, schedule, gap, order, kappa, transport) if times is None else times
     times = [*(float(t) for t in times if t != 0), 0.0]
     noise = noise or (lambda i: torch.randn_like(z))
-    null = null_of(net)
     check_sampler(transport, times, kappa, rho, order, cfg_scale, null)
     x = z.to(torch.float32 if z.device.type == "mps" else torch.float64)     # the state; MPS has no float64
     t = torch.tensor(times, dtype=x.dtype)                                   # (N + 1,), on the CPU
@@ -171,7 +158,7 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
             z_mean = (z_hat + denoise(x_next, i + 1)[1]) / 2
             x_next = x * g_next / g + (a_next - g_next * a / g) * z_mean
             # z_mean, the noise in x_next, is renewed only now: the correction would magnify fresh noise.
-            x_next += a_next * (renew(z_mean, rho, transport, t[i], t[i + 1], partial(noise, i)) - z_mean)
+            x_next += a_next * (renew(z_mean, rho, transport, t, i, noise) - z_mean)
         x = x_next
     return x.to(z.dtype)
 

@@ -33,7 +33,8 @@ from engine import autocast, fix_order, pick_device, pick_dtype, run, wrap
 from extras.cudagraph import Graphed
 from log import LossByTime, flops_per_image, forwards, peak_memory
 from model import DiT
-from sampler import count_nfe, sample, time_grid
+from sample import count_nfe
+from sampler import sample, time_grid
 from optim import (Skipped, can_capture, clip_gradient, finite_mean, make_optimizer, optimizer_step,
                    update_ema)
 

@@ -373,10 +373,10 @@ CHANGES = [
     # ---- sampler.py
     ("sampler.py", "(steps + 1) // 2, lambda u", "max(1, steps // 2), lambda u"),
     ("sampler.py", "own = t if end > start else 1 - t", "own = t"),
-    ("sampler.py", "(sum(cost[1:]) if order == 2", "(sum(cost) if order == 2"),
+    ("sample.py", "(sum(cost[1:]) if order == 2", "(sum(cost) if order == 2"),
     ("sampler.py", "(1 - rho) ** 0.5 * z_hat", "(1 - rho) * z_hat"),
     ("sampler.py", "if kappa and i >= 2:", "if kappa and i >= 1:"),
-    ("sampler.py", "partial(noise, i))\n    return alpha", "partial(noise, 0))\n    return alpha"),
+    ("sampler.py", "transport, t, i, noise) + gamma", "transport, t, 0, noise) + gamma"),
     ("sampler.py", "F_null + cfg_scale * (F_y - F_null)", "F_y + cfg_scale * (F_y - F_null)"),
     ("sampler.py", "(rho != 0 or order == 2)", "(rho != 0 and order == 2)"),
     ("sampler.py", "if cfg_scale != 1 and null is None:", "if null is None:"),

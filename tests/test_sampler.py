@@ -6,7 +6,8 @@ from torch.testing import assert_close
 from toys import Net, batch, calls_of
 
 from objective import TRANSPORTS, identity, predict
-from sampler import count_nfe, next_u, sample, tau_at, time_grid
+from sample import count_nfe
+from sampler import next_u, sample, tau_at, time_grid
 
 DOUBLE = torch.float64
 
