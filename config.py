@@ -122,6 +122,7 @@ class Config:
     # Fields without help are not flags: settings of a recipe, and what is filled in from the data.
     enhance_range: tuple = (0.0, 0.75)  # times at which the enhancement is at full strength
     cosine_loss: bool = False           # add the cosine loss
+    distil: bool = False                # at lambda t the teacher answers: one call learns its two
     betas: tuple = (0.9, 0.99)          # of the optimiser
     about: str = ""                     # what the recipe is
     latent_mean: tuple = ()

@@ -179,6 +179,7 @@ class Objective:
     derivative: str = "central"                 # at lam = 1: central or backward difference, or jvp (exact)
     dt: float = 0.005                           # step of these differences
     clip: float = 1.0                           # largest size of an entry of D; 0: no limit
+    distil: bool = False                        # at lam t the teacher answers: one call learns its two
     loss: str = "root"                          # sqrt(mean square + c^2) - c; log: log(mean square / c^2 + 1)
 
     def __post_init__(self):
@@ -196,6 +197,8 @@ class Objective:
         if self.zeta > 0 and self.style == "ft-vs-fe" and self.lam > 0:
             raise ValueError("style ft-vs-fe is for lam 0: use fc-vs-fe, fc-vs-xz, or without a teacher type "
                              f"python train.py --lam {self.lam:g} --zeta 0 --style none --kappa 0 --rho 1")
+        if self.distil and not (self.zeta > 0 and 0 < self.lam < 1):
+            raise ValueError(f"distil needs zeta > 0 and lam between 0 and 1, found {self.zeta}, {self.lam}")
         if resolve(self.transport).is_singular() and self.lam > 0:
             able = ", ".join(name for name, row in TRANSPORTS.items() if not row.is_singular())
             raise ValueError(f"{self.transport} cannot train with lam > 0, since at one end its output does "
@@ -243,7 +246,7 @@ class Objective:
             if self.lam > 0:
                 x_star, z_star = transport.solve(target, x_t, t)
                 x_hat, _ = transport.solve(F_t, x_t, t)
-                D = self.dx_dt(net, transport, x_star, z_star, t, y, x_hat, lam)
+                D = self.dx_dt(teacher if self.distil else net, transport, x_star, z_star, t, y, x_hat, lam)
                 D = D.clamp(-self.clip, self.clip) if self.clip else D
                 d = transport.determinant(expand(t, x))
                 # Consistency asks for D = 0. x_hat changes with F_t at the rate alpha / d, which gives the
@@ -292,8 +295,9 @@ class Objective:
     def dx_dt(self, net, transport, x_star, z_star, t, y, x_hat, lam=None):
         """D, (B, C, H, W): the rate at which the predicted data change along the path of x_star and z_star.
 
-        x_hat: the prediction at t. D = (x_hat(t) - x_hat(lam t)) / (t - lam t); at lam = 1 its limit, the
-        derivative, backward where lam moves. The central difference may leave [0, 1]; the path goes on there.
+        x_hat: the prediction at t. D = (x_hat(t) - x_hat(lam t)) / (t - lam t); at lam = 1 it is the
+        derivative (a backward difference if lam moves). A central one may leave [0, 1]; so may the path.
+        net is the teacher with distil: D = 0 if x_hat is what its calls at t and lam t draw (2202.00512).
         """
         def data_at(r):
             alpha, gamma, _, _ = transport.at(r, x_star)

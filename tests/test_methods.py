@@ -14,6 +14,7 @@ from toys import Net, batch
 import objective
 from config import Config
 from objective import HALF_PI, Objective
+from sampler import sample
 
 same = dict(rtol=1e-9, atol=1e-9)
 x, z, t, y, _ = batch()
@@ -27,14 +28,14 @@ data_of = lambda net, x_s, s: x_s - column(s) * net(x_s, s, y)       # where a s
 def ours(net, **settings):
     """Loss (B,), output F_t and target of Objective(clip=0, time_weight="none", **settings). The root of the
     mean square has the gradient (F_t - target) / (size loss) with respect to F_t."""
-    outputs, lam = [], settings.pop("moving", None)
+    outputs, lam, teacher = [], settings.pop("moving", None), settings.pop("teacher", None)
 
     def watched(x_t, t, y):
         outputs.append(net(x_t, t, y))
         return outputs[-1]
     watched.num_classes = net.num_classes
     made = Objective(**dict(clip=0.0, time_weight="none") | settings)
-    loss = made(watched, x, y, t, z, keep, lam=lam)
+    loss = made(watched, x, y, t, z, keep, teacher, lam)
     slope, = torch.autograd.grad(loss.sum(), outputs[0], retain_graph=True)
     return loss, outputs[0], outputs[0] - size * column(loss) * slope
 
@@ -87,6 +88,15 @@ def test_rcgm_with_one_jump():
 
 
 # ---- sCM ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("lam", [0.5, 0.75])
+def test_progressive_distillation_to_the_data(lam):
+    """arXiv 2202.00512, to t = 0: x_hat learns what the teacher draws from x_t with calls at t and lam t."""
+    net, teacher = Net(), Net(seed=1)
+    drawn = [sample(teacher, at(T)[[i]], y[[i]], times=[s, lam * s]) for i, s in enumerate(t.tolist())]
+    assert_is(net, (at(T) - torch.cat(drawn)) / T, k / (1 - lam), lam=lam, distil=True, teacher=teacher,
+              zeta=1.0, style="fc-vs-xz", enhance_range=(0.0, 1.0))
+
 
 def test_scm():
     """arXiv 2410.11081, sigma_d = 1, in its time s = pi t/2: f = cos(s) x_s - sin(s) F, and D = df/dt. Their

@@ -402,6 +402,8 @@ guided = dict(zeta=1.0, style="fc-vs-fe")
     (dict(zeta=1.0), {}, "needs a style"), (dict(transport="lineer"), {}, "lineer.*linear"),
     (dict(zeta=1.0, style="ft-vs-fe", lam=1.0), {}, "ft-vs-fe is for lam 0"),
     (dict(transport="x-prediction", lam=0.5), {}, "those that can"),
+    (dict(distil=True, lam=0.5), {}, "distil needs zeta > 0"),
+    (dict(distil=True, zeta=1.0, style="fc-vs-xz", lam=1.0), {}, "distil .* lam between 0 and 1"),
     (dict(transport="epsilon-prediction", lam=1.0, zeta=1.0, style="fc-vs-xz"), {}, "those that can"),
     (guided, dict(net=Net()), "teacher"), (guided, dict(net=bare, teacher=bare, drop=False), "null class"),
     (dict(), dict(net=bare), "null class"),

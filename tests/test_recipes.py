@@ -38,8 +38,10 @@ def test_every_recipe_builds_a_run_whose_sampler_can_draw(name, monkeypatch):
     config.objective().check_networks(10, has_teacher=True)
     assert config.model in model.MODELS | published.MODELS
     few = name.endswith(("-few", "-one")) or name.startswith("tune-")
-    assert (config.lam == 1 and config.optimizer != "adamw") if few else config.lam == 0
+    lam = 0.75 if config.distil else 1.0 if few else 0.0
+    assert config.lam == lam and (config.optimizer != "adamw" or not few)
     base = f"runs/{name.rpartition('-')[0]}" if name.endswith(("-few", "-one")) else ""
+    base += "-few" * config.distil
     assert config.init_from == base
 
 
