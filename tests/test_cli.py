@@ -18,7 +18,7 @@ from toys import ROOT, SMALL, run, script_command
 
 import engine
 import sample
-from checkpoint import load_model
+from checkpoint import find_model, load_model
 from config import Config, read_config
 from data import noise_like_seed
 from recipes import RECIPES
@@ -421,6 +421,13 @@ def test_home_is_expanded_wherever_a_path_stands(monkeypatch):
     config = read_config("--out=~/r --data folder:~/p --vae sd-ema=~/v".split(), "")
     assert (config.out, config.data, config.vae) == ("/home/u/r", "folder:/home/u/p", "sd-ema=/home/u/v")
     assert read_config(["--labels", "a~b"], "").labels == "a~b"
+
+
+def test_a_name_on_the_hub_is_user_repo_and_a_path(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: f"{repo}: {name}")
+    for ckpt, expected in (("hf://user/repo", "user/repo: model.safetensors"),
+                           ("hf://user/repo/a/b.safetensors", "user/repo: a/b.safetensors")):
+        assert str(find_model(ckpt)) == expected
 
 
 def test_processes_agree_on_the_precision(monkeypatch):
