@@ -32,7 +32,7 @@ def test_rotation_leaves_the_copies_of_a_user_alone(home, capsys):
     train("--steps", 10, "--out", "straight", capsys=capsys)
     train("--steps", 5, "--out", "run", capsys=capsys)
     names = ("state_A.safetensors", "state_B.safetensors", "state_99.safetensors", "images_mine.npy",
-             "state_best.0123456789abcdef.safetensors")
+             "state_best.0123456789abcdef.safetensors", f"{states('run')[0].name}.copy")
     copies = [Path("run") / name for name in names]
     for copy in copies:
         shutil.copy(states("run")[0], copy)
