@@ -391,18 +391,14 @@ def test_threads_are_as_many_as_cores_are_idle(idle, threads, monkeypatch):
 
 def test_a_run_keeps_its_threads(home, capsys, monkeypatch):
     """Chosen at its start, unless given, and kept on resume: another number gives other bits."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(engine, "spare_threads", lambda: 2)
-    try:
-        _, out, _ = run("train.py", *NANO, "--steps", 1, capsys=capsys)
-        assert "threads 2 of" in out and torch.get_num_threads() == 2
-        monkeypatch.setattr(engine, "spare_threads", lambda: 3)
-        _, out, _ = run("train.py", *NANO, "--steps", 2, capsys=capsys)
-        assert "threads 2 of" in out
-        _, out, _ = run("train.py", *NANO, "--steps", 3, "--threads", 1, capsys=capsys)
-        assert "threads 1 of" in out
-    finally:
-        torch.set_num_threads(before)
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    for steps, spare, more in ((1, 2, ()), (2, 3, ()), (3, 3, ("--threads", 1))):
+        monkeypatch.setattr(engine, "spare_threads", lambda spare=spare: spare)
+        _, out, _ = run("train.py", *NANO, "--steps", steps, *more, capsys=capsys)
+        assert f"threads {used[-1]} of" in out
+    assert used == [2, 2, 1]
 
 
 @pytest.mark.parametrize("flags", [

@@ -1,10 +1,12 @@
 """The folder of a run: what is ours in it, who may write there, and what a run says about it."""
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
-import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from PIL import Image
 from runs import assert_same
 from runs import refused_nano as refused
 from runs import train_nano as train
-from toys import ROOT, run, states
+from toys import run, states
 
+import engine
 import features
 from checkpoint import find_states
 from engine import claim_folder
@@ -112,15 +115,20 @@ def test_a_fingerprint_is_of_order_and_content(home):
 
 def test_two_runs_in_one_folder(home, capsys):
     """The second is refused with the first one's process; a lock is gone with its process."""
-    hold = ("import sys, time; sys.path.insert(0, sys.argv[1]); from engine import claim_folder; "
-            "lock = claim_folder('run'); print('held', flush=True); time.sleep(60)")
-    other = subprocess.Popen([sys.executable, "-c", hold, str(ROOT)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
+    ours, theirs = multiprocessing.Pipe()
+
+    def hold():
+        lock = claim_folder("run")
+        theirs.send(lock.is_locked)
+        time.sleep(60)
+    other = multiprocessing.get_context("fork").Process(target=hold, daemon=True)
+    other.start()
+    assert ours.recv()
     err = refused("--steps", 2, "--out", "run", capsys=capsys)
     assert f"in use by process {other.pid} on {socket.gethostname()}" in err and not states("run")
     assert "in use" in refused("--steps", 2, "--out", "run", "--fresh", capsys=capsys)
     other.kill()
-    other.wait()
+    other.join()
     train("--steps", 2, "--out", "run", capsys=capsys)
 
 
@@ -206,25 +214,20 @@ def test_scores_of_ones_own_images_need_no_download(home, capsys, monkeypatch):
     assert "of 2 held-out images" in out or "once" not in err
 
 
-@pytest.mark.parametrize("later, saves", [(0.1, True), (6.0, False)])
-def test_a_second_request_to_stop(later, saves):
+@pytest.mark.parametrize("later, exits", [(0.1, []), (6.0, [1])])
+def test_a_second_request_to_stop(monkeypatch, capfd, later, exits):
     """Five seconds after the first one it leaves without saving. Sooner it is the same one, that SLURM and
     torchrun both send. The previous handlers are restored at the end."""
-    code = f"""if True:
-        import os, signal, sys, time
-        sys.path.insert(0, {str(ROOT)!r})
-        import engine
-        now = [100.0]
-        time.monotonic = lambda: now[0]
-        with engine.Signals(None) as signals:
-            assert signals.agree() == [0, 0]
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert signals.agree() == [0, signal.SIGUSR1] and signals.agree() == [0, 0]
-            os.kill(os.getpid(), signal.SIGHUP)
-            now[0] += {later}
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert signals.agree()[0] == signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == (0 if saves else 1), done.stderr
-    assert ("stopped without saving" in done.stderr) != saves
+    now, left, before = [100.0], [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(engine.os, "_exit", left.append)
+    with engine.Signals(None) as signals:
+        assert signals.agree() == [0, 0]
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.agree() == [0, signal.SIGUSR1] and signals.agree() == [0, 0]
+        os.kill(os.getpid(), signal.SIGHUP)
+        now[0] += later
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.agree()[0] == signal.SIGTERM
+    assert left == exits and signal.getsignal(signal.SIGTERM) == before != signals.hear
+    assert ("stopped without saving" in capfd.readouterr().err) == bool(exits)
