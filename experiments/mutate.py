@@ -31,7 +31,7 @@ TESTS = {
     "images.py": "folders data", "shapes.py": "data fid", "fid.py": "fid", "features.py": "fid",
     "log.py": "log training run_folder cli", "optim.py": "training resume faults", "model.py": "model golden",
     "objective.py": "objective golden", "sampler.py": "sampler golden", "hubconf.py": "hub",
-    "minimal.py": "promise", "extras/latents.py": "extras/latents", "extras/scheduler.py": "extras/scheduler",
+    "minimal.py": "minimal", "extras/latents.py": "extras/latents", "extras/scheduler.py": "extras/scheduler",
     "extras/published.py": "extras/published golden", "extras/hub.py": "hub_data",
     "extras/downloads.py": "data"}
 
