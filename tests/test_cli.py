@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import NANO, log_of
+from runs import NANO, TIT_NANO, log_of
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from toys import ROOT, SMALL, run, script_command
 
 import engine
+import model
 import sample
+import train
 from checkpoint import find_model, load_model
 from config import Config, read_config
 from data import noise_like_seed
@@ -45,7 +47,7 @@ def test_train_leaves_images_a_log_and_a_model(trained):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 2, 3]
     assert all(np.isfinite(line.get("loss", 0) + line.get("held_out_loss", 0)) for line in lines)
-    assert (folder / "loss.png").stat().st_size > 1000
+    assert Image.open(folder / "loss.png").size == (900, 420)
     assert "batch 16 = 1 process x 1 accumulation step x 16 images" in out
     assert "python sample.py --ckpt runs/shapes" in out and "--recipe shapes-few" in out.splitlines()[-1]
     net, config, names = load_model(folder)
@@ -69,7 +71,24 @@ def test_the_whole_job_many_step_then_few_step_then_two_step_images(trained, cap
 
 
 OLD_RUN = Path(__file__).resolve().parent / "old_run"
-PLAIN = "--model TiT-nano/4 --no-x_pred --zeta 0 --style none --sample_steps 2".split()
+PLAIN = "--model TiT-nano/4 --no-x_pred --zeta 0 --style none --sample_steps 2 --dtype float32".split()
+
+
+def what_came(out):
+    """The losses of a run in its log; the bytes of its weights and of its last page of images."""
+    losses = [line[name] for line in log_of(out) for name in ("loss", "held_out_loss") if name in line]
+    tensors = load_file(Path(out) / "model.safetensors").values()
+    weights = b"".join(value.numpy().tobytes() for value in tensors)
+    return losses, weights, sorted(Path(out).glob("grid*.png"))[-1].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    out = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.MODELS, "TiT-nano/4", TIT_NANO)
+        train.main(read_config([*SMALL, *PLAIN, "--device", "cpu", "--out", str(out)], ""))
+    return what_came(out)
 
 
 @pytest.mark.parametrize("extra", [
@@ -77,12 +96,15 @@ PLAIN = "--model TiT-nano/4 --no-x_pred --zeta 0 --style none --sample_steps 2".
     "--transport ddpm --gap 0.01,0.001", "--transport edm --huber 0.5 --time_weight none",
     "--lam 0:1 --clip 0", "--loss log --huber 0.1",
     "--optimizer radam --grad_clip 0", "--micro_batch 16 --batch_size 48", "--labels none", "--labels star",
-    "--transport x-prediction", "--dtype bfloat16", "--dtype float32", "--grad_checkpoint", "--ema 0.9,0.99",
-    "--kappa 0 --rho 1", "--model DiT-XXS/8", "--time_beta 0.8,1,1 --label_drop 0", "--optimizer muon"])
-def test_every_switch_trains(home, capsys, extra):
+    "--transport x-prediction", "--dtype bfloat16", "--dtype auto", "--grad_checkpoint", "--ema 0.05,0.99",
+    "--kappa 0 --rho 1", "--model DiT-XXS/8", "--time_beta 0.8,1,1 --label_drop 0", "--optimizer adamw"])
+def test_every_switch_trains(plain, home, capsys, extra):
+    """To other losses, weights or images than without it, but for what says only how to compute."""
     status, _, err = run("train.py", *SMALL, *PLAIN, *extra.split(), capsys=capsys)
     assert status == 0, err
-    assert len(list((home / "runs/shapes").glob("grid*.png"))) == 3
+    losses, *_ = came = what_came("runs/shapes")
+    assert len(losses) == 6 and np.isfinite(losses).all()
+    assert (came == plain) == (extra == "--grad_checkpoint")
 
 
 def test_other_data_train_too(capsys):
@@ -160,7 +182,8 @@ def test_the_sampler_of_an_opened_model_is_that_of_its_recipe(capsys):
     assert few == row.sampler()
     other = load_model("few", recipe="shapes")[1]
     assert other.sampler() == Config(**RECIPES["shapes"]).sampler() != few and other.lam == 1
-    assert load_model("few", recipe="shapes")[1].sampler(steps=7, kappa=0.1)["steps"] == 7
+    given = other.sampler(steps=7, kappa=0.0, schedule=None)
+    assert given == {**other.sampler(), "steps": 7, "kappa": 0.0} and other.kappa == 0.7
 
 
 def test_the_shipped_model_draws(capsys):
@@ -263,9 +286,10 @@ MISTAKES = [        # script, flags, and a word that the line must have
 
 @pytest.mark.parametrize("script, words, named", MISTAKES)
 def test_a_mistake_ends_with_one_line_and_status_2(home, capsys, monkeypatch, script, words, named):
-    """The line names what was wrong or what to type. It comes before anything is drawn, and nothing is left
-    behind."""
+    """The line names what was wrong or what to type. It comes before anything is trained or drawn; nothing
+    is left behind."""
     monkeypatch.setattr("sampler.sample", None)
+    monkeypatch.setattr("optim.optimizer_step", None)
     whole = (OLD_RUN / "many/model.safetensors").read_bytes()
     (home / "cut.safetensors").write_bytes(whole[:-100])
     save_file({"a": torch.zeros(3)}, home / "foreign.safetensors")

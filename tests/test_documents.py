@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 from toys import ROOT, SMALL, Net, batch, run
 
@@ -24,6 +25,7 @@ import log
 import model
 import sample
 import sampler
+from checkpoint import load_model
 from config import SamplerFlags, read_config, read_flags, recipe_row
 from data import FiniteDataset
 from recipes import RECIPES
@@ -231,8 +233,11 @@ def test_the_network_in_contributing_trains_and_samples(tmp_path, monkeypatch, c
     for script, flags in (("train.py", train), ("sample.py", draw)):
         status, _, err = run(script, *flags, "--device", "cpu", capsys=capsys)
         assert status == 0, err
-    assert page.is_file()
-    assert log.flops_per_image(names["Tiny"](3, 8, 8)) > 0
+    net = load_model(out)[0]
+    assert Image.open(page).size == (8 * 68 - 4, 18 + 68 - 4) and type(net) is names["Tiny"]
+    sizes = {torch.nn.Conv2d: 8 * 8, torch.nn.Linear: 1}
+    assert log.flops_per_image(net) == sum(2 * part.weight.numel() * sizes[type(part)]
+                                           for part in net.modules() if type(part) in sizes)
 
 
 def test_the_floats_in_contributing_stream_unchanged(tmp_path):

@@ -1,7 +1,6 @@
 """minimal.py, the method on one page: its averages by hand, and who teaches whom."""
 import copy
 
-import torch
 from runs import TIT_NANO
 from torch.testing import assert_close
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from runs import assert_same
 from runs import refused_nano as refused
@@ -20,7 +21,7 @@ from toys import run, states
 
 import engine
 import features
-from checkpoint import find_states
+from checkpoint import check_fit, find_states, load_model
 from engine import claim_folder
 from data import open_dataset
 
@@ -66,6 +67,11 @@ def test_a_state_of_another_network_is_refused_before_anything_is_read(home, cap
     err = refused("--steps", 4, "--out", "run", "--allow_change", *flags.split(), capsys=capsys)
     assert err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err
     assert "->" in err or "has the state of adamw" in err
+
+
+def test_one_tensor_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"1 differ: net.a: float32 \(2,\) -> float32 \(3,\)"):
+        check_fit({"net.a": torch.zeros(2)}, {"net.a": torch.zeros(3)}, {})
 
 
 # ---- which data ---------------------------------------------------------------------------------------
@@ -153,11 +159,16 @@ def test_the_hints_work_when_pasted(home, capsys):
         assert len(commands) == 2
         import shlex
         script, *words = shlex.split(commands[0])[1:]
-        assert run(script, *words, "--num", 2, "--steps", 1, "--device", "cpu", capsys=capsys)[0] == 0
+        drawn = ["--num", 2, "--steps", 1, "--device", "cpu", "--out", "two.npz"]
+        assert run(script, *words, *drawn, capsys=capsys)[0] == 0
+        assert np.load("two.npz")["arr_0"].shape == (2, 8, 8, 3)
         script, *words = shlex.split(commands[1])[1:]
         cheap = ["--steps", 1, "--no-compile", "--device", "cpu", "--dtype", "float32"]
         status, out, err = run(script, *words, *cheap, capsys=capsys)
         assert status == 0, err
+        few = load_model(words[words.index("--out") + 1] if "--out" in words else "runs/shapes-few")[1]
+        many = load_model(few.init_from)[1]
+        assert (few.lam, few.data, few.labels) == (1, many.data, many.labels)
 
 
 def test_the_command_for_lambda_1_from_scratch_works(home, capsys):
