@@ -182,8 +182,7 @@ def test_the_sampler_of_an_opened_model_is_that_of_its_recipe(capsys):
     assert few == row.sampler()
     other = load_model("few", recipe="shapes")[1]
     assert other.sampler() == Config(**RECIPES["shapes"]).sampler() != few and other.lam == 1
-    given = other.sampler(steps=7, kappa=0.0, schedule=None)
-    assert given == {**other.sampler(), "steps": 7, "kappa": 0.0} and other.kappa == 0.7
+    assert load_model("few", recipe="shapes")[1].sampler(steps=7, kappa=0.1)["steps"] == 7
 
 
 def test_the_shipped_model_draws(capsys):
@@ -337,19 +336,6 @@ def test_what_can_be_checked_is_checked_first(home, capsys, monkeypatch, script,
 
 
 # ---- the command line ---------------------------------------------------------------------------------
-
-def test_defaults_then_recipe_then_flags():
-    assert read_config([], "").out == "runs/shapes"
-    flags = "--recipe shapes-few --lr=0 --time_beta .5,.6,1 --kappa 0.3 --exact --no-x_pred"
-    few = read_config(flags.split(), "")
-    assert few.lam == RECIPES["shapes-few"]["lam"] == 1 and few.out == "runs/shapes-few"
-    assert (few.lr, few.time_beta, few.kappa, few.exact, few.x_pred) == (0, (0.5, 0.6, 1), 0.3, True, False)
-    assert read_config(["--steps", "1e4"], "").steps == 10_000
-    assert read_config(["--seed", f"{2**62 + 1}"], "").seed == 2**62 + 1
-    assert read_config(["--kappa", "auto"], "").kappa == "auto" and read_config(["--out", "x"], "").out == "x"
-    given = ([], ["--compile"], ["--no-compile"])
-    assert [read_config(words, "").compile for words in given] == [None, True, False]
-
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py", "extras/latents.py"])
 def test_help_explains_every_flag(capsys, script):
