@@ -5,6 +5,7 @@ The diffs in CONTRIBUTING.md are made from EDITS. When the lines around an edit 
 """
 import ast
 import difflib
+import json
 import math
 import re
 import shlex
@@ -25,7 +26,7 @@ import log
 import model
 import sample
 import sampler
-from checkpoint import load_model
+from checkpoint import load_model, read_weights
 from config import SamplerFlags, read_config, read_flags, recipe_row
 from data import FiniteDataset
 from recipes import RECIPES
@@ -415,7 +416,7 @@ SHORT = {"train.py": "--steps 2 --batch_size 32 --sample_steps 2 --no-compile --
 
 @pytest.mark.slow
 def test_the_diffs_train_and_sample(tmp_path):
-    """All three in one copy, by git apply."""
+    """All three in one copy, by git apply. The model says what it was made with."""
     call = clone(tmp_path / "fork")
     for k, diff in enumerate(blocks(CONTRIBUTING, "diff")):
         (tmp_path / f"{k}.diff").write_text(diff)
@@ -423,6 +424,8 @@ def test_the_diffs_train_and_sample(tmp_path):
     for flags in ("--transport cosine-v --no-x_pred", "--data greys --model TiT-XXS/8", "--model TiT-M/8"):
         call(f"{sys.executable} train.py {SHORT['train.py']} {flags} --fresh")
         call(f"{sys.executable} sample.py {SHORT['sample.py']} --steps 2")
+        metadata, _ = read_weights(tmp_path / "fork/runs/shapes/model.safetensors")
+        assert json.loads(metadata["config"])[flags[2:].split()[0]] == flags.split()[1]
 
 
 @pytest.mark.slow
