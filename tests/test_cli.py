@@ -14,7 +14,7 @@ from PIL import Image
 from runs import NANO, TIT_NANO, log_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from toys import ROOT, SMALL, run, script_command
+from toys import ROOT, SMALL, calls_of, run, script_command
 
 import engine
 import model
@@ -169,6 +169,31 @@ def test_page_and_arrays_show_the_same_picture(capsys):
         cell = page[top:top + 64:2, left:left + 64:2]
         assert abs(cell - image).max() <= 1 and abs(cell - image[:, ::-1]).max() > 50
         assert abs(cell - image[..., ::-1]).max() > 20 or image.std(-1).max() < 10
+
+
+def test_interrupted_arrays_draw_no_batch_twice(home, monkeypatch):
+    """But with other settings or weights they do. In the end nothing else is left."""
+    pipeline = open_pipeline(ROOT / "assets/shapes-few.safetensors", torch.device("cpu"), "float32")
+    calls, weight, save = calls_of(pipeline.net), pipeline.net.final_layer.linear.weight, sample.save_arrays
+
+    def stopped(path, **arrays):
+        if path == "x.npz":
+            raise KeyboardInterrupt
+        save(path, **arrays)
+
+    def draw(**more):
+        options = sample.Options(out="x.npz", batch_size=2, steps=1, **more)
+        sample.draw_npz(pipeline, [5, 3, 4, 1], options, [])
+        return len(calls), len(list(home.glob("x.npz.parts*")))
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "save_arrays", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            draw()
+    assert draw(rho=0.5) == (4, 1)
+    weight.mul_(2)
+    assert draw() == (6, 1)
+    weight.div_(2)
+    assert draw() == (6, 0) and np.load("x.npz")["seeds"].tolist() == [5, 3, 4, 1]
 
 
 def test_the_sampler_of_an_opened_model_is_that_of_its_recipe(capsys):
