@@ -1,11 +1,13 @@
 """The commands as a user types them: short runs, the images they leave, one line for every mistake."""
 import dataclasses
+import itertools
 import json
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -158,17 +160,48 @@ def test_classes_go_on_from_batch_to_batch():
 
 
 def test_page_and_arrays_show_the_same_picture(capsys):
-    """Upright, in the right colours: an image of the arrays is the cell of the page, magnified."""
+    """Upright, of its class, in the right colours: an image of the arrays is the cell of the page, magnified,
+    and the last one in its row of a trajectory."""
     model = ROOT / "assets/shapes-few.safetensors"
-    shipped = ["--ckpt", model, "--steps", 2, "--dtype", "float32", "--num", 8]
-    for out in ("page.png", "all.npz"):
-        assert run("sample.py", *shipped, "--out", out, capsys=capsys)[0] == 0
+    classes = ["--num", 8, "--classes", "7,6,5,4,3,2,1,0"]
+    shipped = ["--ckpt", model, "--steps", 2, "--dtype", "float32", *classes]
+    for out, *more in (("page.png",), ("all.npz",), ("strip.png", "--trajectory")):
+        assert run("sample.py", *shipped, "--out", out, *more, capsys=capsys)[0] == 0
+    strip = np.asarray(Image.open("strip.png")).astype(int)
     page, arrays = np.asarray(Image.open("page.png")).astype(int), np.load("all.npz")["arr_0"]
     for k, image in enumerate(arrays):
         top, left = 18 + k // 8 * 68, k % 8 * 68
         cell = page[top:top + 64:2, left:left + 64:2]
         assert abs(cell - image).max() <= 1 and abs(cell - image[:, ::-1]).max() > 50
+        assert abs(strip[18 + k * 68:, 68:][:64:2, ::2] - image).max() <= 1
         assert abs(cell - image[..., ::-1]).max() > 20 or image.std(-1).max() < 10
+
+
+def test_the_newest_run_is_drawn(home):
+    for time, name in enumerate("ba"):
+        file = home / f"runs/{name}/model.safetensors"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (time, time))
+    assert sample.newest_model("") == Path("runs/a/model.safetensors")
+
+
+def test_a_pipeline_has_the_autoencoder_and_the_precision_that_were_asked_for(monkeypatch):
+    """Rather than those of the model; and one image that is not finite is said."""
+    net, config, names = load_model(ROOT / "assets/shapes-few.safetensors")
+    config.vae, made, low = "sd-ema", MagicMock(), []
+    monkeypatch.setattr(sample, "load_model", lambda *given: (net, config, names))
+    monkeypatch.setattr("extras.latents.Autoencoder", made)
+    for vae, expected in (("vavae", "vavae"), ("", "sd-ema")):
+        pipeline = open_pipeline("it", torch.device("cpu"), "bfloat16", vae=vae)._replace(decode=None)
+        assert made.call_args.args[0] == expected
+    net.register_forward_pre_hook(lambda *given: low.append(torch.is_autocast_enabled("cpu")))
+    for dtype in (torch.bfloat16, torch.float32):
+        next(generate(pipeline._replace(dtype=dtype), [0], 1, steps=1))
+    assert low == [True, False]
+    net.register_forward_hook(lambda module, given, out: out.index_fill(0, torch.tensor(1), torch.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        next(generate(pipeline, [0, 1], 2, steps=1))
 
 
 def test_interrupted_arrays_draw_no_batch_twice(home, monkeypatch):
@@ -210,10 +243,11 @@ def test_the_sampler_of_an_opened_model_is_that_of_its_recipe(capsys):
     assert load_model("few", recipe="shapes")[1].sampler(steps=7, kappa=0.1)["steps"] == 7
 
 
-def test_the_shipped_model_draws(capsys):
-    """After a clone: avatars, one column per class, named."""
+def test_the_shipped_model_draws(monkeypatch, capsys):
+    """After a clone: avatars, one column per class, named; on a clock that ticks 8 s, ten a second."""
+    monkeypatch.setattr("time.perf_counter", itertools.count(0, 8).__next__)
     status, out, err = run("sample.py", "--steps", 2, capsys=capsys)
-    assert status == 0 and "80 images" in out and "assets" in out, err
+    assert status == 0 and "80 images" in out and "assets" in out and " 10.0 images/s" in out, err
     assert Image.open("samples.png").size == (10 * 68 - 4, 18 + 8 * 68 - 4)
     assert load_model(ROOT / "assets/avatars-few.safetensors")[2][9] == "thumbs"
     assert sum(path.stat().st_size for path in (ROOT / "assets").glob("*-few.safetensors")) < 17_100_000
