@@ -26,12 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "train.py": "training resume run_folder faults cli log", "engine.py": "faults training launches log cli",
     "config.py": "recipes resume run_folder cli", "recipes.py": "recipes", "sample.py": "fid hub cli",
-    "checkpoint.py": "training faults resume run_folder cli", "data.py": "data training folders",
+    "checkpoint.py": "training faults resume run_folder cli model extras/published",
+    "data.py": "data training folders",
     "images.py": "folders data", "shapes.py": "data fid", "fid.py": "fid", "features.py": "fid",
     "log.py": "log training run_folder cli", "optim.py": "training resume faults", "model.py": "model golden",
     "objective.py": "objective golden", "sampler.py": "sampler golden", "hubconf.py": "hub",
-    "minimal.py": "promise", "extras/latents.py": "extras/latents", "extras/scheduler.py": "extras/scheduler",
-    "extras/published.py": "extras/published golden", "extras/hub.py": "hub_data"}
+    "minimal.py": "minimal", "extras/latents.py": "extras/latents", "extras/scheduler.py": "extras/scheduler",
+    "extras/published.py": "extras/published golden", "extras/hub.py": "hub_data",
+    "extras/downloads.py": "data"}
 
 
 @dataclass

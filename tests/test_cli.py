@@ -1,24 +1,28 @@
 """The commands as a user types them: short runs, the images they leave, one line for every mistake."""
 import dataclasses
+import itertools
 import json
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import NANO, log_of
+from runs import NANO, TIT_NANO, log_of
 from safetensors import safe_open
-from safetensors.torch import save_file
-from toys import ROOT, SMALL, run, script_command
+from safetensors.torch import load_file, save_file
+from toys import ROOT, SMALL, calls_of, run, script_command
 
 import engine
+import model
 import sample
-from checkpoint import load_model
+import train
+from checkpoint import find_model, load_model
 from config import Config, read_config
 from data import noise_like_seed
 from recipes import RECIPES
@@ -45,7 +49,7 @@ def test_train_leaves_images_a_log_and_a_model(trained):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 2, 3]
     assert all(np.isfinite(line.get("loss", 0) + line.get("held_out_loss", 0)) for line in lines)
-    assert (folder / "loss.png").stat().st_size > 1000
+    assert Image.open(folder / "loss.png").size == (900, 420)
     assert "batch 16 = 1 process x 1 accumulation step x 16 images" in out
     assert "python sample.py --ckpt runs/shapes" in out and "--recipe shapes-few" in out.splitlines()[-1]
     net, config, names = load_model(folder)
@@ -69,7 +73,24 @@ def test_the_whole_job_many_step_then_few_step_then_two_step_images(trained, cap
 
 
 OLD_RUN = Path(__file__).resolve().parent / "old_run"
-PLAIN = "--model TiT-nano/4 --no-x_pred --zeta 0 --style none --sample_steps 2".split()
+PLAIN = "--model TiT-nano/4 --no-x_pred --zeta 0 --style none --sample_steps 2 --dtype float32".split()
+
+
+def what_came(out):
+    """The losses of a run in its log; the bytes of its weights and of its last page of images."""
+    losses = [line[name] for line in log_of(out) for name in ("loss", "held_out_loss") if name in line]
+    tensors = load_file(Path(out) / "model.safetensors").values()
+    weights = b"".join(value.numpy().tobytes() for value in tensors)
+    return losses, weights, sorted(Path(out).glob("grid*.png"))[-1].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    out = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.MODELS, "TiT-nano/4", TIT_NANO)
+        train.main(read_config([*SMALL, *PLAIN, "--device", "cpu", "--out", str(out)], ""))
+    return what_came(out)
 
 
 @pytest.mark.parametrize("extra", [
@@ -77,12 +98,15 @@ PLAIN = "--model TiT-nano/4 --no-x_pred --zeta 0 --style none --sample_steps 2".
     "--transport ddpm --gap 0.01,0.001", "--transport edm --huber 0.5 --time_weight none",
     "--lam 0:1 --clip 0", "--loss log --huber 0.1",
     "--optimizer radam --grad_clip 0", "--micro_batch 16 --batch_size 48", "--labels none", "--labels star",
-    "--transport x-prediction", "--dtype bfloat16", "--dtype float32", "--grad_checkpoint", "--ema 0.9,0.99",
-    "--kappa 0 --rho 1", "--model DiT-XXS/8", "--time_beta 0.8,1,1 --label_drop 0", "--optimizer muon"])
-def test_every_switch_trains(home, capsys, extra):
+    "--transport x-prediction", "--dtype bfloat16", "--dtype auto", "--grad_checkpoint", "--ema 0.05,0.99",
+    "--kappa 0 --rho 1", "--model DiT-XXS/8", "--time_beta 0.8,1,1 --label_drop 0", "--optimizer adamw"])
+def test_every_switch_trains(plain, home, capsys, extra):
+    """To other losses, weights or images than without it, but for what says only how to compute."""
     status, _, err = run("train.py", *SMALL, *PLAIN, *extra.split(), capsys=capsys)
     assert status == 0, err
-    assert len(list((home / "runs/shapes").glob("grid*.png"))) == 3
+    losses, *_ = came = what_came("runs/shapes")
+    assert len(losses) == 6 and np.isfinite(losses).all()
+    assert (came == plain) == (extra == "--grad_checkpoint")
 
 
 def test_other_data_train_too(capsys):
@@ -136,17 +160,73 @@ def test_classes_go_on_from_batch_to_batch():
 
 
 def test_page_and_arrays_show_the_same_picture(capsys):
-    """Upright, in the right colours: an image of the arrays is the cell of the page, magnified."""
+    """Upright, of its class, in the right colours: an image of the arrays is the cell of the page, magnified,
+    and the last one in its row of a trajectory."""
     model = ROOT / "assets/shapes-few.safetensors"
-    shipped = ["--ckpt", model, "--steps", 2, "--dtype", "float32", "--num", 8]
-    for out in ("page.png", "all.npz"):
-        assert run("sample.py", *shipped, "--out", out, capsys=capsys)[0] == 0
+    classes = ["--num", 8, "--classes", "7,6,5,4,3,2,1,0"]
+    shipped = ["--ckpt", model, "--steps", 2, "--dtype", "float32", *classes]
+    for out, *more in (("page.png",), ("all.npz",), ("strip.png", "--trajectory")):
+        assert run("sample.py", *shipped, "--out", out, *more, capsys=capsys)[0] == 0
+    strip = np.asarray(Image.open("strip.png")).astype(int)
     page, arrays = np.asarray(Image.open("page.png")).astype(int), np.load("all.npz")["arr_0"]
     for k, image in enumerate(arrays):
         top, left = 18 + k // 8 * 68, k % 8 * 68
         cell = page[top:top + 64:2, left:left + 64:2]
         assert abs(cell - image).max() <= 1 and abs(cell - image[:, ::-1]).max() > 50
+        assert abs(strip[18 + k * 68:, 68:][:64:2, ::2] - image).max() <= 1
         assert abs(cell - image[..., ::-1]).max() > 20 or image.std(-1).max() < 10
+
+
+def test_the_newest_run_is_drawn(home):
+    for time, name in enumerate("ba"):
+        file = home / f"runs/{name}/model.safetensors"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (time, time))
+    assert sample.newest_model("") == Path("runs/a/model.safetensors")
+
+
+def test_a_pipeline_has_the_autoencoder_and_the_precision_that_were_asked_for(monkeypatch):
+    """Rather than those of the model; and one image that is not finite is said."""
+    net, config, names = load_model(ROOT / "assets/shapes-few.safetensors")
+    config.vae, made, low = "sd-ema", MagicMock(), []
+    monkeypatch.setattr(sample, "load_model", lambda *given: (net, config, names))
+    monkeypatch.setattr("extras.latents.Autoencoder", made)
+    for vae, expected in (("vavae", "vavae"), ("", "sd-ema")):
+        pipeline = open_pipeline("it", torch.device("cpu"), "bfloat16", vae=vae)._replace(decode=None)
+        assert made.call_args.args[0] == expected
+    net.register_forward_pre_hook(lambda *given: low.append(torch.is_autocast_enabled("cpu")))
+    for dtype in (torch.bfloat16, torch.float32):
+        next(generate(pipeline._replace(dtype=dtype), [0], 1, steps=1))
+    assert low == [True, False]
+    net.register_forward_hook(lambda module, given, out: out.index_fill(0, torch.tensor(1), torch.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        next(generate(pipeline, [0, 1], 2, steps=1))
+
+
+def test_interrupted_arrays_draw_no_batch_twice(home, monkeypatch):
+    """But with other settings or weights they do. In the end nothing else is left."""
+    pipeline = open_pipeline(ROOT / "assets/shapes-few.safetensors", torch.device("cpu"), "float32")
+    calls, weight, save = calls_of(pipeline.net), pipeline.net.final_layer.linear.weight, sample.save_arrays
+
+    def stopped(path, **arrays):
+        if path == "x.npz":
+            raise KeyboardInterrupt
+        save(path, **arrays)
+
+    def draw(**more):
+        options = sample.Options(out="x.npz", batch_size=2, steps=1, **more)
+        sample.draw_npz(pipeline, [5, 3, 4, 1], options, [])
+        return len(calls), len(list(home.glob("x.npz.parts*")))
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "save_arrays", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            draw()
+    assert draw(rho=0.5) == (4, 1)
+    weight.mul_(2)
+    assert draw() == (6, 1)
+    weight.div_(2)
+    assert draw() == (6, 0) and np.load("x.npz")["seeds"].tolist() == [5, 3, 4, 1]
 
 
 def test_the_sampler_of_an_opened_model_is_that_of_its_recipe(capsys):
@@ -163,10 +243,11 @@ def test_the_sampler_of_an_opened_model_is_that_of_its_recipe(capsys):
     assert load_model("few", recipe="shapes")[1].sampler(steps=7, kappa=0.1)["steps"] == 7
 
 
-def test_the_shipped_model_draws(capsys):
-    """After a clone: avatars, one column per class, named."""
+def test_the_shipped_model_draws(monkeypatch, capsys):
+    """After a clone: avatars, one column per class, named; on a clock that ticks 8 s, ten a second."""
+    monkeypatch.setattr("time.perf_counter", itertools.count(0, 8).__next__)
     status, out, err = run("sample.py", "--steps", 2, capsys=capsys)
-    assert status == 0 and "80 images" in out and "assets" in out, err
+    assert status == 0 and "80 images" in out and "assets" in out and " 10.0 images/s" in out, err
     assert Image.open("samples.png").size == (10 * 68 - 4, 18 + 8 * 68 - 4)
     assert load_model(ROOT / "assets/avatars-few.safetensors")[2][9] == "thumbs"
     assert sum(path.stat().st_size for path in (ROOT / "assets").glob("*-few.safetensors")) < 17_100_000
@@ -263,9 +344,10 @@ MISTAKES = [        # script, flags, and a word that the line must have
 
 @pytest.mark.parametrize("script, words, named", MISTAKES)
 def test_a_mistake_ends_with_one_line_and_status_2(home, capsys, monkeypatch, script, words, named):
-    """The line names what was wrong or what to type. It comes before anything is drawn, and nothing is left
-    behind."""
+    """The line names what was wrong or what to type. It comes before anything is trained or drawn; nothing
+    is left behind."""
     monkeypatch.setattr("sampler.sample", None)
+    monkeypatch.setattr("optim.optimizer_step", None)
     whole = (OLD_RUN / "many/model.safetensors").read_bytes()
     (home / "cut.safetensors").write_bytes(whole[:-100])
     save_file({"a": torch.zeros(3)}, home / "foreign.safetensors")
@@ -313,19 +395,6 @@ def test_what_can_be_checked_is_checked_first(home, capsys, monkeypatch, script,
 
 
 # ---- the command line ---------------------------------------------------------------------------------
-
-def test_defaults_then_recipe_then_flags():
-    assert read_config([], "").out == "runs/shapes"
-    flags = "--recipe shapes-few --lr=0 --time_beta .5,.6,1 --kappa 0.3 --exact --no-x_pred"
-    few = read_config(flags.split(), "")
-    assert few.lam == RECIPES["shapes-few"]["lam"] == 1 and few.out == "runs/shapes-few"
-    assert (few.lr, few.time_beta, few.kappa, few.exact, few.x_pred) == (0, (0.5, 0.6, 1), 0.3, True, False)
-    assert read_config(["--steps", "1e4"], "").steps == 10_000
-    assert read_config(["--seed", f"{2**62 + 1}"], "").seed == 2**62 + 1
-    assert read_config(["--kappa", "auto"], "").kappa == "auto" and read_config(["--out", "x"], "").out == "x"
-    given = ([], ["--compile"], ["--no-compile"])
-    assert [read_config(words, "").compile for words in given] == [None, True, False]
-
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py", "extras/latents.py"])
 def test_help_explains_every_flag(capsys, script):
@@ -391,18 +460,14 @@ def test_threads_are_as_many_as_cores_are_idle(idle, threads, monkeypatch):
 
 def test_a_run_keeps_its_threads(home, capsys, monkeypatch):
     """Chosen at its start, unless given, and kept on resume: another number gives other bits."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(engine, "spare_threads", lambda: 2)
-    try:
-        _, out, _ = run("train.py", *NANO, "--steps", 1, capsys=capsys)
-        assert "threads 2 of" in out and torch.get_num_threads() == 2
-        monkeypatch.setattr(engine, "spare_threads", lambda: 3)
-        _, out, _ = run("train.py", *NANO, "--steps", 2, capsys=capsys)
-        assert "threads 2 of" in out
-        _, out, _ = run("train.py", *NANO, "--steps", 3, "--threads", 1, capsys=capsys)
-        assert "threads 1 of" in out
-    finally:
-        torch.set_num_threads(before)
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    for steps, spare, more in ((1, 2, ()), (2, 3, ()), (3, 3, ("--threads", 1))):
+        monkeypatch.setattr(engine, "spare_threads", lambda spare=spare: spare)
+        _, out, _ = run("train.py", *NANO, "--steps", steps, *more, capsys=capsys)
+        assert f"threads {used[-1]} of" in out
+    assert used == [2, 2, 1]
 
 
 @pytest.mark.parametrize("flags", [
@@ -421,6 +486,13 @@ def test_home_is_expanded_wherever_a_path_stands(monkeypatch):
     config = read_config("--out=~/r --data folder:~/p --vae sd-ema=~/v".split(), "")
     assert (config.out, config.data, config.vae) == ("/home/u/r", "folder:/home/u/p", "sd-ema=/home/u/v")
     assert read_config(["--labels", "a~b"], "").labels == "a~b"
+
+
+def test_a_name_on_the_hub_is_user_repo_and_a_path(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: f"{repo}: {name}")
+    for ckpt, expected in (("hf://user/repo", "user/repo: model.safetensors"),
+                           ("hf://user/repo/a/b.safetensors", "user/repo: a/b.safetensors")):
+        assert str(find_model(ckpt)) == expected
 
 
 def test_processes_agree_on_the_precision(monkeypatch):

@@ -5,6 +5,7 @@ The diffs in CONTRIBUTING.md are made from EDITS. When the lines around an edit 
 """
 import ast
 import difflib
+import json
 import math
 import re
 import shlex
@@ -15,6 +16,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 from toys import ROOT, SMALL, Net, batch, run
 
@@ -24,6 +26,7 @@ import log
 import model
 import sample
 import sampler
+from checkpoint import load_model, read_weights
 from config import SamplerFlags, read_config, read_flags, recipe_row
 from data import FiniteDataset
 from recipes import RECIPES
@@ -231,8 +234,11 @@ def test_the_network_in_contributing_trains_and_samples(tmp_path, monkeypatch, c
     for script, flags in (("train.py", train), ("sample.py", draw)):
         status, _, err = run(script, *flags, "--device", "cpu", capsys=capsys)
         assert status == 0, err
-    assert page.is_file()
-    assert log.flops_per_image(names["Tiny"](3, 8, 8)) > 0
+    net = load_model(out)[0]
+    assert Image.open(page).size == (8 * 68 - 4, 18 + 68 - 4) and type(net) is names["Tiny"]
+    sizes = {torch.nn.Conv2d: 8 * 8, torch.nn.Linear: 1}
+    assert log.flops_per_image(net) == sum(2 * part.weight.numel() * sizes[type(part)]
+                                           for part in net.modules() if type(part) in sizes)
 
 
 def test_the_floats_in_contributing_stream_unchanged(tmp_path):
@@ -410,7 +416,7 @@ SHORT = {"train.py": "--steps 2 --batch_size 32 --sample_steps 2 --no-compile --
 
 @pytest.mark.slow
 def test_the_diffs_train_and_sample(tmp_path):
-    """All three in one copy, by git apply."""
+    """All three in one copy, by git apply. The model says what it was made with."""
     call = clone(tmp_path / "fork")
     for k, diff in enumerate(blocks(CONTRIBUTING, "diff")):
         (tmp_path / f"{k}.diff").write_text(diff)
@@ -418,6 +424,8 @@ def test_the_diffs_train_and_sample(tmp_path):
     for flags in ("--transport cosine-v --no-x_pred", "--data greys --model TiT-XXS/8", "--model TiT-M/8"):
         call(f"{sys.executable} train.py {SHORT['train.py']} {flags} --fresh")
         call(f"{sys.executable} sample.py {SHORT['sample.py']} --steps 2")
+        metadata, _ = read_weights(tmp_path / "fork/runs/shapes/model.safetensors")
+        assert json.loads(metadata["config"])[flags[2:].split()[0]] == flags.split()[1]
 
 
 @pytest.mark.slow

@@ -131,6 +131,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_used(capsys):
         newest.write_bytes(content)
         printed = train("--steps", 6, "--save_every", 2, "--out", out, capsys=capsys)
         assert f"{newest} is damaged" in printed and f"resumed from {out}/state_00000002" in printed
+        assert newest.with_suffix(".damaged").read_bytes() == content
         assert_same("straight", out)
 
 

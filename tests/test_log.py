@@ -140,8 +140,11 @@ def test_xl_costs_237_gflop_an_image():
 
 
 def test_the_speed_table(monkeypatch, capsys):
-    """A row for each way to train, tune and sample; none is faster than the matrix products are (by a third:
-    other programs run too)."""
+    """A row for each way to train, tune and sample, here in 4 steps where it has 40; none is faster than the
+    matrix products are (by a third: other programs run too)."""
+    for what, call in bench.SAMPLE.items():
+        if "40" in what:
+            monkeypatch.setitem(bench.SAMPLE, what, partial(call.func, 4, *call.args[1:]))
     monkeypatch.setitem(MODELS, "one/8", partial(DiT, patch_size=8, depth=1, hidden_size=128, num_heads=2,
                                                  **FAMILIES["TiT"]))
     bench.main(bench.Options(model="one/8", size=8, compiles="no", dtypes="float32", batches="16",

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from toys import calls_of
 
 from checkpoint import build
 from config import Config
@@ -121,13 +122,16 @@ def test_plain_attention_is_the_fused_one():
 
 
 def test_recomputing_activations_changes_nothing():
-    net, grads = small(), []
-    torch.nn.init.normal_(net.final_layer.linear.weight)
-    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([0, 1])
-    for net.grad_checkpoint in (False, True):
-        net.zero_grad()
+    """But that each block then runs twice a step."""
+    x, t, y, grads = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([0, 1]), []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        net = build(Config(model="TiT-XXS/4", grad_checkpoint=recompute), (3, 8, 8), 2)
+        torch.nn.init.normal_(net.final_layer.linear.weight)
+        calls = calls_of(net.blocks[0])
         net(x, t, y).square().mean().backward()
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
+        assert len(calls) == 1 + recompute
     assert_close(*grads, rtol=0, atol=0)
 
 

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+from PIL import Image
 from toys import ROOT
 
 COMMON = ("--image_size 32 --model TiT-XXS/8 --batch_size 16 --steps 2 --save_every 1000 --sample_steps 1 "
@@ -39,5 +40,5 @@ def test_the_core_does_the_whole_job_without_extras(tmp_path):
                           env={**environment, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (here / "extras").exists() and '"FD-shapes"' in done.stdout.splitlines()[-1]
-    for name in ("minimal", "samples"):
-        assert (here / f"{name}.png").stat().st_size > 1000
+    sizes = [Image.open(here / f"{name}.png").size for name in ("minimal", "samples")]
+    assert sizes == [(3 * 16 * 24, 3 * 3 * 24), (8 * 68 - 4, 18 + 68 - 4)]

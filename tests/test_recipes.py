@@ -26,12 +26,25 @@ def settings():
     return json.loads(json.dumps(found | {"defaults": usual}))
 
 
+def test_defaults_then_recipe_then_flags():
+    assert read_config([], "").out == "runs/shapes"
+    flags = "--recipe shapes-few --lr=0 --time_beta .5,.6,1 --kappa 0.3 --exact --no-x_pred"
+    few = read_config(flags.split(), "")
+    assert few.lam == RECIPES["shapes-few"]["lam"] == 1 and few.out == "runs/shapes-few"
+    assert (few.lr, few.time_beta, few.kappa, few.exact, few.x_pred) == (0, (0.5, 0.6, 1), 0.3, True, False)
+    assert read_config(["--steps", "1e4"], "").steps == 10_000
+    assert read_config(["--seed", f"{2**62 + 1}"], "").seed == 2**62 + 1
+    assert read_config(["--kappa", "auto"], "").kappa == "auto" and read_config(["--out", "x"], "").out == "x"
+    given = ([], ["--compile"], ["--no-compile"])
+    assert [read_config(words, "").compile for words in given] == [None, True, False]
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_builds_a_run_whose_sampler_can_draw(name, monkeypatch):
     """Its objective, a narrow network of its family, and a grid of its steps; what is given wins."""
     config = read_config(["--recipe", name], "")
-    settings = config.sampler(steps=3, gap=None)
-    assert (settings["steps"], settings["gap"]) == (3, config.gap)
+    settings = config.sampler(steps=3, kappa=0.0, gap=None)
+    assert (settings["steps"], settings["kappa"], settings["gap"]) == (3, 0.0, config.gap)
     assert config.sampler()["steps"] == config.sample_steps and settings["transport"] == config.transport
     times = time_grid(config.sample_steps, config.schedule, config.gap, 1, config.kappa, config.transport)
     assert len(times) == config.sample_steps + 1 and config.batch_size % 16 == 0

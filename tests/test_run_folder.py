@@ -1,23 +1,27 @@
 """The folder of a run: what is ours in it, who may write there, and what a run says about it."""
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
-import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from runs import assert_same
 from runs import refused_nano as refused
 from runs import train_nano as train
-from toys import ROOT, run, states
+from toys import run, states
 
+import engine
 import features
-from checkpoint import find_states
+from checkpoint import check_fit, find_states, load_model
 from engine import claim_folder
 from data import open_dataset
 
@@ -32,7 +36,7 @@ def test_rotation_leaves_the_copies_of_a_user_alone(home, capsys):
     train("--steps", 10, "--out", "straight", capsys=capsys)
     train("--steps", 5, "--out", "run", capsys=capsys)
     names = ("state_A.safetensors", "state_B.safetensors", "state_99.safetensors", "images_mine.npy",
-             "state_best.0123456789abcdef.safetensors")
+             "state_best.0123456789abcdef.safetensors", f"{states('run')[0].name}.copy")
     copies = [Path("run") / name for name in names]
     for copy in copies:
         shutil.copy(states("run")[0], copy)
@@ -63,6 +67,11 @@ def test_a_state_of_another_network_is_refused_before_anything_is_read(home, cap
     err = refused("--steps", 4, "--out", "run", "--allow_change", *flags.split(), capsys=capsys)
     assert err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err
     assert "->" in err or "has the state of adamw" in err
+
+
+def test_one_tensor_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"1 differ: net.a: float32 \(2,\) -> float32 \(3,\)"):
+        check_fit({"net.a": torch.zeros(2)}, {"net.a": torch.zeros(3)}, {})
 
 
 # ---- which data ---------------------------------------------------------------------------------------
@@ -112,15 +121,20 @@ def test_a_fingerprint_is_of_order_and_content(home):
 
 def test_two_runs_in_one_folder(home, capsys):
     """The second is refused with the first one's process; a lock is gone with its process."""
-    hold = ("import sys, time; sys.path.insert(0, sys.argv[1]); from engine import claim_folder; "
-            "lock = claim_folder('run'); print('held', flush=True); time.sleep(60)")
-    other = subprocess.Popen([sys.executable, "-c", hold, str(ROOT)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
+    ours, theirs = multiprocessing.Pipe()
+
+    def hold():
+        lock = claim_folder("run")
+        theirs.send(lock.is_locked)
+        time.sleep(60)
+    other = multiprocessing.get_context("fork").Process(target=hold, daemon=True)
+    other.start()
+    assert ours.recv()
     err = refused("--steps", 2, "--out", "run", capsys=capsys)
     assert f"in use by process {other.pid} on {socket.gethostname()}" in err and not states("run")
     assert "in use" in refused("--steps", 2, "--out", "run", "--fresh", capsys=capsys)
     other.kill()
-    other.wait()
+    other.join()
     train("--steps", 2, "--out", "run", capsys=capsys)
 
 
@@ -145,11 +159,16 @@ def test_the_hints_work_when_pasted(home, capsys):
         assert len(commands) == 2
         import shlex
         script, *words = shlex.split(commands[0])[1:]
-        assert run(script, *words, "--num", 2, "--steps", 1, "--device", "cpu", capsys=capsys)[0] == 0
+        drawn = ["--num", 2, "--steps", 1, "--device", "cpu", "--out", "two.npz"]
+        assert run(script, *words, *drawn, capsys=capsys)[0] == 0
+        assert np.load("two.npz")["arr_0"].shape == (2, 8, 8, 3)
         script, *words = shlex.split(commands[1])[1:]
         cheap = ["--steps", 1, "--no-compile", "--device", "cpu", "--dtype", "float32"]
         status, out, err = run(script, *words, *cheap, capsys=capsys)
         assert status == 0, err
+        few = load_model(words[words.index("--out") + 1] if "--out" in words else "runs/shapes-few")[1]
+        many = load_model(few.init_from)[1]
+        assert (few.lam, few.data, few.labels) == (1, many.data, many.labels)
 
 
 def test_the_command_for_lambda_1_from_scratch_works(home, capsys):
@@ -206,25 +225,20 @@ def test_scores_of_ones_own_images_need_no_download(home, capsys, monkeypatch):
     assert "of 2 held-out images" in out or "once" not in err
 
 
-@pytest.mark.parametrize("later, saves", [(0.1, True), (6.0, False)])
-def test_a_second_request_to_stop(later, saves):
+@pytest.mark.parametrize("later, exits", [(0.1, []), (6.0, [1])])
+def test_a_second_request_to_stop(monkeypatch, capfd, later, exits):
     """Five seconds after the first one it leaves without saving. Sooner it is the same one, that SLURM and
     torchrun both send. The previous handlers are restored at the end."""
-    code = f"""if True:
-        import os, signal, sys, time
-        sys.path.insert(0, {str(ROOT)!r})
-        import engine
-        now = [100.0]
-        time.monotonic = lambda: now[0]
-        with engine.Signals(None) as signals:
-            assert signals.agree() == [0, 0]
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert signals.agree() == [0, signal.SIGUSR1] and signals.agree() == [0, 0]
-            os.kill(os.getpid(), signal.SIGHUP)
-            now[0] += {later}
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert signals.agree()[0] == signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == (0 if saves else 1), done.stderr
-    assert ("stopped without saving" in done.stderr) != saves
+    now, left, before = [100.0], [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(engine.os, "_exit", left.append)
+    with engine.Signals(None) as signals:
+        assert signals.agree() == [0, 0]
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.agree() == [0, signal.SIGUSR1] and signals.agree() == [0, 0]
+        os.kill(os.getpid(), signal.SIGHUP)
+        now[0] += later
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.agree()[0] == signal.SIGTERM
+    assert left == exits and signal.getsignal(signal.SIGTERM) == before != signals.hear
+    assert ("stopped without saving" in capfd.readouterr().err) == bool(exits)

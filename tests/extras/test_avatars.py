@@ -11,6 +11,16 @@ from engine import run
 from extras import avatars
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    """The styles, read once, since the processes that render are forks of this one; without the ten seconds
+    in which the package checks its own files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dicebear.validator.StyleValidator.validate", lambda data: None)
+        for style in avatars.STYLES:
+            avatars.load_style(style)
+
+
 def make(path, *flags):
     run(lambda: avatars.main([str(path), "--count", "3", "--size", "16", "--workers", "1", *flags]))
     return path.read_bytes()

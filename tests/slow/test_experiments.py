@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from toys import ROOT
 
 MODEL = "assets/shapes-few.safetensors"
@@ -78,18 +79,19 @@ def test_report_makes_the_cells_of_results_md():
     assert cells[0] == "few" and [cell.strip() for cell in row.split("|")][4:6] == cells[1:]
 
 
-@pytest.mark.parametrize("command", [
-    f"grids.py --few {MODEL} --many {MODEL} --columns 2 --rows 1 --out OUT/page.png",
-    "plot.py --train_steps 2 --out OUT/page.png",
-    "plot.py straight --out OUT/page.png",
-    "report.py experiments/results/curves-0.jsonl --out OUT",
+@pytest.mark.parametrize("command, size", [
+    (f"grids.py --few {MODEL} --many {MODEL} --columns 2 --rows 1 --out OUT/page.png", (288, 188)),
+    ("plot.py --train_steps 2 --out OUT/page.png", (1430, 429)),
+    ("plot.py straight --out OUT/page.png", (1540, 352)),
+    ("report.py experiments/results/curves-0.jsonl --out OUT", (910, 546)),
 ], ids=["grids", "plot", "straight", "report"])
-def test_a_figure_is_drawn(command, tmp_path):
+def test_a_figure_is_drawn(command, size, tmp_path):
+    """Of its size, and in more colours than axes and words have."""
     if "grids" not in command:
         pytest.importorskip("matplotlib")
     run(f"experiments/{command}".replace("OUT", str(tmp_path)))
-    page, = tmp_path.glob("*.png")
-    assert page.stat().st_size > 1000
+    page = Image.open(next(tmp_path.glob("*.png"))).convert("RGB")
+    assert page.size == size and len(page.getcolors(2**20)) > 500
 
 
 def test_overlap_measures_on_two_processes():
