@@ -54,6 +54,7 @@ RECIPES = {
                            AVATARS, MANY, MUON, zeta=0.4, lr=5e-3, steps=6000),
     "avatars-few":  recipe("two steps: 20 min on one core", AVATARS, FEW, MUON, lr=3e-3, warmup=100,
                            steps=1000, ema=(0.995,), dt=0.1, gap=(0.001, 0.75)),
+    "avatars-one":  recipe("one step: 20 min on one core", AVATARS, ONE, steps=1000),
     "folder":       recipe("many-step, your images: 80 min", FOLDER, MANY, MUON, lr=5e-3, steps=5000),
     "folder-few":   recipe("two steps: 10 min", FOLDER, FEW, steps=600),
     "cifar10":      recipe("many-step; not run", CIFAR, MANY, lr=1e-3, steps=200_000, ema=(0.9999,)),
