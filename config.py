@@ -64,7 +64,7 @@ class Config:
     fresh: bool = setting(False, "start over; the old folder is renamed")
     allow_change: bool = setting(False, "resume although settings that affect the result have changed")
     device: str = setting("auto", "cuda, mps or cpu; auto: the first available")
-    threads: int = setting(0, "CPU threads per process; 0: one per core", least=0)
+    threads: int = setting(0, "CPU threads per process; 0: one per idle core", least=0)
     dtype: str = setting("auto", "bfloat16 or float32; auto: bfloat16 where it is faster",
                          choices=("auto", "bfloat16", "float32"))
     compile: bool | None = setting(None, "torch.compile; default: on a GPU, and on a CPU with a C++ compiler")

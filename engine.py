@@ -1,4 +1,4 @@
-"""What a script runs on: processes, device and precision, finite steps, signals, and files that stay whole.
+"""What a script runs on: processes, device and precision, signals, and files that are never half-written.
 
 With one process every distributed call here does nothing, so a laptop and a cluster run the same lines.
 """
@@ -34,7 +34,7 @@ os.umask(UMASK)     # the only way to read it is to set it
 def run(script):
     """Call script(). A UserError is printed in one line, with exit status 2; anything else is a bug and keeps
     its traceback."""
-    for stream in (sys.stdout, sys.stderr):     # a console that lacks a letter shows its number
+    for stream in (sys.stdout, sys.stderr):     # print a character that the console lacks as its code
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -157,7 +157,7 @@ def spare_threads():
 
 def pick_dtype(wanted, device):
     """The dtype of the matrix products. "auto": bfloat16 where it is faster, which on a CPU is measured. Not
-    float16, whose gradients would need a scaled loss."""
+    float16, which would need loss scaling."""
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -205,14 +205,14 @@ def wrap(net, device, compiled, fsdp=False):
     if rank_and_world()[1] > 1 and not fsdp and any(p.requires_grad for p in net.parameters()):
         model = DistributedDataParallel(net, broadcast_buffers=False)
     if compiled and on_cpu:
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # it misses CUDA's runtime
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # it warns about CUDA
         model = torch.compile(model)
     model.num_classes, model.null = net.num_classes, getattr(net, "null", None)     # which DDP hides
     return model
 
 
 def gradient_sync(net, model, on):
-    """A context in which backward sends gradients to the other processes, or does not: once per step is
+    """A context in which backward averages gradients over the processes only if `on`: once per step is
     enough."""
     if hasattr(net, "set_requires_gradient_sync"):              # FSDP2
         net.set_requires_gradient_sync(on)
@@ -254,7 +254,7 @@ class Signals:
 
     def agree(self):
         """[signal to stop for, whether to save now], each 0 if not: the same in every process. A save is due
-        on SIGUSR1, and SAVE_AFTER after self.saved, the time of the last one."""
+        on SIGUSR1, and SAVE_AFTER seconds after the last save (self.saved)."""
         if time.monotonic() - self.saved > SAVE_AFTER:
             self.flags[1] = 1
         flags, self.flags[1] = self.flags.clone(), 0

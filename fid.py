@@ -129,7 +129,7 @@ class Statistics:
         self.n, self.right = 0, 0   # images; those recognised as their class
         self.totals = Counter()     # name of the features -> their sum (D,)
         self.squares = Counter()    # name of the features -> the sum of their outer products (D, D)
-        self.chunks = Counter()     # k, for the k-th 5,000 images -> sums of p (K,), sum p log p, and 1
+        self.chunks = Counter()     # k -> over the k-th 5,000 images, sums of p (K,), of p log p, and of 1
         self.parts = {}             # first image of a batch -> its features
 
     def add(self, first, out, y=None):
@@ -287,7 +287,7 @@ def pick_features(options, model):
     if options.ref and (options.effnet or options.features not in ("", "inception")):
         raise UserError("--effnet and --features NAME compare --ckpt with --data: leave --ref out")
     stem, kinds = Path(path).stem, ("shapes", *TORCHVISION)
-    if name not in kinds:           # a folder or a file is named after itself, but never as one of these
+    if name not in kinds:           # name it after the folder or file, but never as one of these
         name = f"{name}-{stem}" if stem in kinds else stem
     return options.features or ("inception" if options.ref else name)
 

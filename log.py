@@ -30,7 +30,7 @@ PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 PCI
 
 
 class Log:
-    """log.jsonl in a run's folder, which is locked: a header per start, a line per report, by process 0."""
+    """log.jsonl, written by process 0: a header per start, a line per report. It locks the run's folder."""
 
     def __init__(self, out, config, start_step, tell):
         self.writes = rank_and_world()[0] == 0

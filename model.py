@@ -1,4 +1,4 @@
-"""The backbone: one Diffusion Transformer, which switches turn into DiT, SiT, LightningDiT or TiT.
+"""The backbone: one Diffusion Transformer. Its switches make it DiT, SiT, LightningDiT or TiT.
 
     net = MODELS["TiT-XL/1"](input_size=16, in_channels=32, num_classes=1000)
     F_t = net(x_t, t, y)            # velocity, noise or data: the transport defines what F_t means
@@ -53,8 +53,8 @@ def rotary_table(grid, head_width):
 
 
 def turns(angle):
-    """cos, and sin with its sign in (x0 cos - x1 sin, x1 cos + x0 sin), of angles (N, E) that are equal in
-    each pair. (N, 1, E) each, shared by all heads."""
+    """cos and signed sin of angles (N, E), which are equal within each pair: the rotated pair is then
+    (x0 cos - x1 sin, x1 cos + x0 sin). Both are (N, 1, E), shared by all heads."""
     cos, sin = angle[:, None].cos(), angle[:, None].sin()
     sin[..., ::2] *= -1
     return cos.float(), sin.float()
@@ -106,7 +106,7 @@ class TimeEmbed(nn.Module):
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(E)) v, (B, A, N, E) each. On a CPU in bfloat16 torch's fused kernel takes 22 ms
-    and the plain line below 5 ms (B 64, A 3, N 64, E 64, forward and backward)."""
+    and the plain line takes under 5 ms (B 64, A 3, N 64, E 64, forward and backward)."""
     if v.is_cpu and v.dtype == torch.bfloat16:
         return (q * q.shape[-1] ** -0.5 @ k.mT).float().softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)

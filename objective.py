@@ -97,7 +97,7 @@ def discrete_path(log_abar):
     """alpha and gamma of an N-step DDPM schedule, from log(alpha_bar): (N,), float64, all negative. Step k is
     at t = k / N; the network receives k - 1. Between steps the logarithm is interpolated."""
     padded = F.pad(log_abar, (1, 0))
-    table = cache(lambda device, dtype: padded.to(device, dtype))       # the host waits for a copy: make one
+    table = cache(lambda device, dtype: padded.to(device, dtype))       # copy once: the host waits for it
 
     def log_abar_at(t):
         values, last = table(t.device, t.dtype), len(log_abar)
@@ -144,8 +144,8 @@ def predict(net, transport, x_t, t, y):
 
 
 def null_of(net):
-    """The function from conditions y (B, ...) to no condition, like y: net.null, or by default one that
-    returns the class net.num_classes. None: the network knows no such thing."""
+    """The function from conditions y (B, ...) to the null condition, shaped like y: net.null, or one that
+    returns the class net.num_classes. None if the network has no null condition."""
     num_classes = getattr(net, "num_classes", None)
     to_class = (lambda y: torch.full_like(y, num_classes)) if num_classes else None
     return getattr(net, "null", None) or to_class
@@ -225,7 +225,7 @@ class Objective:
 
         net, teacher: (x_t, t, y) -> F like x_t. x, z (B, C, H, W), t (B,) in [0, 1], y (B,) int64 or (B, ...)
         of any kind; drop (B,) bool: rows whose y becomes null_of(net)'s. lam: where lam moves during a run,
-        its present value as a scalar tensor. ValueError: no null class, or no teacher.
+        its current value as a scalar tensor. ValueError: no null class, or no teacher.
         """
         transport, null = resolve(self.transport), null_of(net)
         self.check_networks(null, teacher is not None)
@@ -271,7 +271,7 @@ class Objective:
     def enhance(self, transport, teacher, v, F_t, x_t, t, y, null, drop):
         """v_star: the target v moved along the guidance, at the same x_t. All (B, C, H, W).
 
-        Names: ft is the online F_t, fc and fe the teacher with the class and without ("empty"), xz x and z.
+        Names: ft is the online F_t; fc and fe are the teacher with and without the class ("empty"); xz is v.
 
         | style    | guided F                | reference F         | for                               |
         |----------|-------------------------|---------------------|-----------------------------------|

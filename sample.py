@@ -62,7 +62,7 @@ LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000, ".gif": 4_000, ".np
 # ---- from a model to images ---------------------------------------------------------------------------
 
 def count_nfe(times, transport="linear", order=1, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
-    """Network evaluations per image. A guided call is two; order 2 has two per step but the last."""
+    """Network evaluations per image. A guided call counts twice; order 2 makes two per step but the last."""
     transport = resolve(transport)
     cost = [1 + is_guided(transport, t, cfg_scale, cfg_interval) for t in times[:-1]]
     return sum(cost) + (sum(cost[1:]) if order == 2 else 0)
@@ -138,7 +138,7 @@ def generate(pipeline, seeds, batch_size, rank=0, world=1, classes=None, on_step
 # ---- a page, or many ----------------------------------------------------------------------------------
 
 def check_out(out, width, height):
-    """UserError if a page of this size in pixels is too large for `out`, whose folder is made."""
+    """Make the folder of `out`. UserError if its format has no room for a page of this size in pixels."""
     if max(width, height) > LARGEST[Path(out).suffix.lower()]:
         raise UserError(f"a page of {width} x {height} pixels is too large for {out}: use --out samples.npz")
     Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -5,11 +5,11 @@ At each time the network says which data and which noise it sees in x, and the n
     x_hat, z_hat = predict(net, transport, x, t_i, y)
     x = alpha(t_{i+1}) z_hat + gamma(t_{i+1}) x_hat
 
-The rest is optional: extrapolate (kappa), replace part of the noise (rho), look ahead (order 2). With none of
-them this is Euler's method on flow matching and DDIM on DDPM; README.md has a table of what else it is.
+The rest is optional: extrapolate (kappa), replace part of the noise (rho), look ahead (order 2). Without
+these options it is Euler's method on flow matching and DDIM on DDPM; README.md lists what else it can be.
 
-kappa "auto" rests on one fact: every path is the straight path. Let u = x / (alpha + gamma), and let
-tau = alpha / (alpha + gamma), which falls to 0. Then du / dtau = v = z_hat - x_hat on every transport.
+kappa "auto" rests on one fact: rescaled, every transport is the linear one. Let u = x / (alpha + gamma) and
+tau = alpha / (alpha + gamma), which falls to 0. Then du / dtau = v = z_hat - x_hat, as in flow matching.
 """
 import numpy as np
 import torch
@@ -18,19 +18,19 @@ from objective import expand, null_of, predict, resolve
 
 
 def tau_at(transport, t):
-    """alpha / (alpha + gamma), like t."""
+    """alpha / (alpha + gamma), shaped like t."""
     return transport.alpha(t) / (transport.alpha(t) + transport.gamma(t))
 
 
 def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1, kappa=0.0, transport="linear"):
     """Times t_0 > t_1 > ... > t_{N-1} of the network calls, then 0: a list of N + 1 floats.
 
-    N is steps, or (steps + 1) // 2 with order 2: two calls per step. gap: distance of t_0 from 1 and of
-    t_{N-1} from 0, so for two steps gap[1] is the time of the second call; 0: one even step before 0.
-    schedule: the Kumaraswamy warp (1 - (1 - u^a)^b)^c of u = 1 - t, which moves the ends too.
-    kappa "auto": even in tau + log(tau / (1 - tau)) / 32 on every transport, then warped: a little denser at
-    both ends. Down to tau = (N - 1)^-1.5, but not below the tau of gap[1] or above 1 / N: of few calls, a
-    later one would be wasted, and the straight step that is left keeps the third order.
+    N is steps, or (steps + 1) // 2 with order 2 (two calls per step). gap: t_0 is 1 - gap[0], and t_{N-1},
+    the time of the last call, is gap[1]; if that is 0, it is one even step above 0.
+    schedule: the Kumaraswamy warp (1 - (1 - u^a)^b)^c of u = 1 - t, which also moves t_0 and t_{N-1}.
+    kappa "auto": even in tau + logit(tau) / 32 (a little denser at both ends), warped, down to tau =
+    (N - 1)^-1.5 (at most 1 / N, and at least the tau of gap[1]). The straight step from there to 0 has an
+    error of about tau^2 = (N - 1)^-3, third order like the rest: calls nearer to 0 would be wasted.
     """
     if (np.shape(gap) != (2,) or np.shape(schedule) != (3,) or steps < 1 or order not in (1, 2)
             or min(gap) < 0 or sum(gap) >= 1 or min(schedule) <= 0):
@@ -52,14 +52,14 @@ def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1, kappa=
 
 
 def is_guided(transport, t, cfg_scale, cfg_interval):
-    """Whether guidance is on at t (a float). The closed interval is in the network's own time, on [0, 1]."""
+    """Whether guidance is on at t (a float). The closed interval is in the network's time, scaled to 0..1."""
     start, end = transport.net_time(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
     own = t if end > start else 1 - t
     return cfg_scale != 1 and cfg_interval[0] <= own <= cfg_interval[1]
 
 
 def renew(z_hat, rho, transport, t, i, noise):
-    """Replace rho of the variance by fresh noise; "sde": 2 |dt| alpha(t_i) / alpha(t_{i+1})^2, at most 1."""
+    """Replace rho of the variance by new noise. "sde": 2 |dt| alpha(t_i) / alpha(t_{i+1})^2, at most 1."""
     if rho == "sde":
         rho = 2 * (t[i] - t[i + 1]).abs() * transport.alpha(t[i]) / transport.alpha(t[i + 1]) ** 2
         rho = rho.clamp(0, 1).item()
@@ -67,9 +67,9 @@ def renew(z_hat, rho, transport, t, i, noise):
 
 
 def integral(calls, start, end):
-    """The polynomial in tau through v of these calls (tau, u, v), integrated from start to end: like v.
+    """Integrate, from start to end, the polynomial in tau through the v of these calls (tau, u, v); like v.
 
-    With s = (tau - start) / (end - start), the K weights must integrate every power p < K of s over 0..1:
+    With s = (tau - start) / (end - start), the K weights must integrate s^p exactly over 0..1 for all p < K:
     sum_k w_k s_k^p = 1 / (p + 1).
     """
     s = [(tau - start) / (end - start) for tau, _, _ in calls]                               # K numbers
@@ -78,14 +78,14 @@ def integral(calls, start, end):
 
 
 def next_u(calls, now, after, u, v):
-    """A step of kappa "auto": u (B, ...) at tau = after, from u and v at tau = now, which join calls.
+    """A step of kappa "auto": u (B, ...) at tau = after, from u and v at tau = now. Appends these to calls.
 
-    First correct, then predict. u was a prediction, and v is the network's answer there. So repeat the step
-    that led to u, now with the last three v, the new one among them (Adams-Moulton): no further call. Then
-    predict the next u (Adams-Bashforth) from three v where v has just changed by less than .1 of itself, from
-    two below .5, otherwise from one. An image whose v changed by more than itself is not corrected.
+    First correct, then predict. u was predicted, and v is the network's answer at that u. Repeat the step
+    that led to u with the last three v, this one included (Adams-Moulton); v is not asked for again. Then
+    predict the next u (Adams-Bashforth) from three v. Where v has changed by .1 or more of its norm, use two;
+    by .5 or more, only one (Euler); by 1 or more, do not correct either. Each image decides for itself.
     """
-    change = torch.ones_like(u)
+    change = torch.ones_like(u)         # at the first call: Euler, and nothing to correct
     if calls:
         tau_previous, u_previous, v_previous = calls[-1]
         change = expand((v - v_previous).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1), v)  # (B, 1, ...)
@@ -104,7 +104,7 @@ def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
     t (N + 1,): the grid, on the CPU. predicted: x_hat and z_hat (B, ...) at t[i]. calls: an empty list at the
     first step of a run, then what the steps leave in it. kappa, rho, noise(i): as in sample().
     """
-    if i == len(t) - 2:                 # the images are the last answer: a correction would bring noise back
+    if i == len(t) - 2:                 # the image is the network's own answer; a corrected u would add noise
         return predicted
     x_hat, z_hat = predicted
     alpha, gamma = transport.alpha(t[i + 1]).item(), transport.gamma(t[i + 1]).item()
@@ -112,9 +112,9 @@ def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
         now, after = tau_at(transport, t[i]).item(), alpha / (alpha + gamma)
         u = next_u(calls, now, after, now * z_hat + (1 - now) * x_hat, z_hat - x_hat)
         return (alpha + gamma) * u, z_hat
-    if kappa and i >= 2:                # as published; 1/3 is of second order, more sharpens
-        x_hat, z_hat = (now + kappa * (now - previous) for now, previous in zip(predicted, calls[-1]))
-    calls[:] = [predicted]              # not the extrapolated ones: x carries each correction on
+    if kappa and i >= 2:                # as published; 1/3 gives second order, and more sharpens
+        x_hat, z_hat = (new + kappa * (new - old) for new, old in zip(predicted, calls[-1]))
+    calls[:] = [predicted]              # not extrapolated: x carries the earlier extrapolations already
     return alpha * renew(z_hat, rho, transport, t, i, noise) + gamma * x_hat, z_hat
 
 
@@ -124,7 +124,7 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
     """Images x_hat like z (B, ...) from noise z and classes y (B,), or other conditions y (B, ...).
 
     net(x, t, y) -> like x, called in z's dtype. kappa: a number or "auto". rho: a number in 0..1 or "sde".
-    times: a grid in place of steps, schedule and gap. Guidance takes objective.null_of(net). noise(i) ->
+    times: a grid in place of steps, schedule and gap. Guidance uses objective.null_of(net). noise(i) ->
     fresh noise like z. on_step(i, t, x_hat) sees each raw prediction.
     ValueError: settings that exclude each other, or a first time at which the formula divides by zero.
     """
@@ -145,7 +145,7 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
             both = torch.cat([y, null(y)])           # one call of twice the batch
             F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
             return F_null + cfg_scale * (F_y - F_null)
-        t_i = torch.full((len(x),), times[i], dtype=x.dtype, device=x.device)    # (B,), not a copy: no wait
+        t_i = torch.full((len(x),), times[i], dtype=x.dtype, device=x.device)    # (B,); a copy would wait
         return predict(ask, transport, x, t_i, y)[1:]
 
     for i in range(last + 1):
@@ -157,14 +157,14 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
             (a, a_next), (g, g_next) = (f(t[i:i + 2]).tolist() for f in (transport.alpha, transport.gamma))
             z_mean = (z_hat + denoise(x_next, i + 1)[1]) / 2
             x_next = x * g_next / g + (a_next - g_next * a / g) * z_mean
-            # z_mean, the noise in x_next, is renewed only now: the correction would magnify fresh noise.
+            # Renew the noise in x_next, z_mean, only now: Heun's correction would magnify fresh noise.
             x_next += a_next * (renew(z_mean, rho, transport, t, i, noise) - z_mean)
         x = x_next
     return x.to(z.dtype)
 
 
 def check_sampler(transport, times, kappa, rho, order, cfg_scale, null):
-    """ValueError if these exclude each other. times as from time_grid; null: from null_of."""
+    """ValueError if these settings exclude each other. times: as from time_grid; null: from null_of."""
     if len(times) < 2 or times[0] > 1 or any(now <= after for now, after in zip(times, times[1:])):
         raise ValueError(f"times must fall from at most 1 towards 0, found {times[:-1]}")
     rho_is_known = rho == "sde" or not isinstance(rho, str) and 0 <= rho <= 1

@@ -99,7 +99,7 @@ def draw(objective, x, seed, step, chunks, generator):
 # ---- before the first step ----------------------------------------------------------------------------
 
 def find_state(config):
-    """The latest valid state of the run, or None. --fresh renames its folder, unless torchrun restarts it.
+    """The latest valid state of the run, or None. --fresh renames its folder, unless this is a restart.
     UserError for mistakes that show before the data are read."""
     check_writable(config.out)
     if size := PIXELS.get(config.data.partition(":")[0]):
@@ -155,7 +155,7 @@ def check_setup(config, data, net, previous, start_step, previous_names):
     with user_errors():
         objective = config.objective()
         objective.check_networks(null_of(net), config.init_from or config.style == "ft-vs-fe")
-    Pipeline(net, config, data.names, None, None).nfe()         # the settings with which it will be sampled
+    Pipeline(net, config, data.names, None, None).nfe()         # raises if the sampler's settings clash
     if objective.lam > 0 and not config.init_from and resolve(config.transport).is_singular(0.1):
         print0(f"warning: {config.transport} with lam {objective.lam:g} trains to nothing, since at one end "
                "its output hardly determines the data; use --transport linear")
@@ -275,7 +275,7 @@ def main(config):                                                               
     model = wrap(net, device, compiled, config.fsdp)
     teacher_model = wrap(teacher, device, compiled, config.fsdp) if teacher else None
     losses, skipped = LossByTime(objective, device), Skipped(device)
-    lam = torch.zeros((), device=device) if ":" in str(config.lam) else None    # a CUDA graph reads it there
+    lam = torch.zeros((), device=device) if ":" in str(config.lam) else None    # a CUDA graph freezes a float
 
     def backward(x, y, t, z, drop):
         """Add the gradient of a micro-batch."""
@@ -286,7 +286,7 @@ def main(config):                                                               
         skipped.note(loss.detach(), t)
 
     def train_step(x, y, t, z, drop):
-        """The last micro-batch of a step: its gradient, then clip, and move the weights."""
+        """The last micro-batch of a step: add its gradient, clip the sum, and update the weights."""
         backward(x, y, t, z, drop)
         norm = clip_gradient(net, config.grad_clip)             # over all processes, so that all skip or none
         skipped.add(norm.isfinite())
