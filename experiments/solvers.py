@@ -4,10 +4,10 @@
     python experiments/solvers.py runs/shapes --cfg 1,1.5,4,7.5         # a model, with guidance
 
 Rescaled, every transport is the linear one, so one network v(u, tau) serves all samplers, and a path is a
-grid of tau. The schedulers of diffusers get exactly these sigmas, and the network exactly these times. Each runs on
-several grids, and its best one counts: even in the path's own t with several ends, even in log-SNR, Karras'
-with rho 7, and the grid of kappa "auto", which itself has no other. A line is the median over seeds of the
-distance to a converged solution, in percent of its norm.
+grid of tau. The schedulers of diffusers get exactly these sigmas, and the network exactly these times. Each
+runs on several grids, and its best one counts: even in the path's own t with several ends, even in log-SNR,
+Karras' with rho 7, and the grid of kappa "auto", which itself has no other. A line is the median over seeds
+of the distance to a converged solution, in percent of its norm.
 """
 import functools
 import json
