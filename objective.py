@@ -16,7 +16,6 @@ Mind the letters: **alpha multiplies the noise, gamma the data**. Most flow-matc
 | D, d           | d x_hat / dt along a path, and the determinant of the two equations above           |
 | lam            | consistency ratio: 0 many-step diffusion or flow, 1 few-step consistency            |
 | zeta           | enhancement ratio: how much guidance is trained into the network                    |
-| kappa, rho     | extrapolation and stochasticity of the sampler (sampler.py)                         |
 """
 import math
 from collections.abc import Callable
@@ -199,10 +198,9 @@ class Objective:
                              f"python train.py --lam {self.lam:g} --zeta 0 --style none --kappa 0 --rho 1")
         if self.distil and not (self.zeta > 0 and 0 < self.lam < 1):
             raise ValueError(f"distil needs zeta > 0 and lam between 0 and 1, found {self.zeta}, {self.lam}")
-        if resolve(self.transport).is_singular() and self.lam > 0:
+        if resolve(self.transport).is_singular() and self.lam > 0:      # x_hat undefined at an end
             able = ", ".join(name for name, row in TRANSPORTS.items() if not row.is_singular())
-            raise ValueError(f"{self.transport} cannot train with lam > 0, since at one end its output does "
-                             f"not determine data and noise; those that can: {able}")
+            raise ValueError(f"{self.transport} cannot train with lam > 0; those that can: {able}")
 
     def draw(self, x, generator=None):
         """t (B,), z like x, drop (B,) bool, on x's device. They are drawn on the generator's device."""
