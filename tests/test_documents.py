@@ -150,7 +150,7 @@ def test_every_setting_called_a_famous_method_trains_and_samples():
         train_flags, sample_flags = (shlex.split(" ".join(re.findall(r"`([^`]*)`", cell)))
                                      for cell in row.split("|")[1:3])
         for more in ("", *re.findall(r"with `(--[^`]*)`", row.split("|")[3])):
-            plain = "--zeta 0 --style none --no-x_pred".split()
+            plain = [] if "--recipe" in train_flags else "--zeta 0 --style none --no-x_pred".split()
             config = read_config([*plain, *train_flags, *more.split()], "")
             teacher = Net(1) if config.zeta else None
             assert config.objective()(Net(), x, y, t, z, drop, teacher).isfinite().all(), row
