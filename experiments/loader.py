@@ -58,7 +58,8 @@ def first_pass(root, workers):
 
 def from_cache(root, cache, options):
     """Images per second of train.py's batches x, y, once the workers have started."""
-    data, config = open_dataset(f"folder:{root}", SIZE, cache=cache), Config(batch_size=options.batch, steps=10**9)
+    data = open_dataset(f"folder:{root}", SIZE, cache=cache)
+    config = Config(batch_size=options.batch, steps=10**9)
     batches = iter(torch.utils.data.DataLoader(
         data, batch_size=None, sampler=sample_indices(config, 1, 0), num_workers=options.workers,
         multiprocessing_context="fork" if options.workers else None))
