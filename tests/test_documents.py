@@ -36,8 +36,8 @@ DOCUMENTS = {path: path.read_text() for path in [*(ROOT / name for name in NAMES
 README, CONTRIBUTING = DOCUMENTS[ROOT / "README.md"], DOCUMENTS[ROOT / "CONTRIBUTING.md"]
 
 # Flags of torchrun, SLURM, pip and pytest, and flags and scripts of the past that the log names.
-OTHERS = set("""nproc_per_node nnodes rdzv_backend rdzv_endpoint rdzv_id max-restarts shutdown-timeout standalone
-                numa-binding nodes ntasks-per-node gpus-per-node time requeue open-mode signal
+OTHERS = set("""nproc_per_node nnodes rdzv_backend rdzv_endpoint rdzv_id max-restarts shutdown-timeout
+                numa-binding standalone nodes ntasks-per-node gpus-per-node time requeue open-mode signal
                 extra-index-url enhance_range betas""".split())
 GONE = {("LOG.md", "cost.py"), ("LOG.md", "experiments/cost.py"), ("LOG.md", "fall.py")}
 
