@@ -310,7 +310,7 @@ def main(config):                                                               
         from extras.latents import decoder
         decode = decoder(config, device)
     pipeline = Pipeline(emas[config.ema[0]], config, data.names, device, dtype, decode)
-    clock, clock_step, saved = time.perf_counter(), start_step, True
+    clock, clock_step, waited, saved = time.perf_counter(), start_step, 0.0, True
 
     with Signals(control) as signals, bar, ticking(bar, compiled) as stop_ticking:
         for step in range(start_step, config.steps + 1):        # one more, to evaluate and save the last
@@ -324,13 +324,15 @@ def main(config):                                                               
             if stop or step == config.steps:
                 break
             if due or save_now:
-                clock, clock_step = time.perf_counter(), step   # the speed is that of training alone
+                clock, clock_step, waited = time.perf_counter(), step, 0.0      # speed: of training alone
 
             set_lr(optimizer, learning_rate(config, step))
             if lam is not None:
                 lam.fill_(config.lam_at(step))
             for turn in range(accumulate):
+                asked = time.perf_counter()
                 x, y = (value.to(device, non_blocking=True) for value in next(batches))
+                waited += time.perf_counter() - asked
                 t, z, drop = draw(objective, x, config.seed, step, chunks_of(config, accumulate, turn),
                                   generator)
                 last = turn == accumulate - 1
@@ -345,7 +347,7 @@ def main(config):                                                               
                 stop_ticking()
                 bar.unpause()
                 log.tell(f"compiled in the first step: {time.perf_counter() - clock:.0f} s")
-                clock, clock_step = time.perf_counter(), step + 1
+                clock, clock_step, waited = time.perf_counter(), step + 1, 0.0
             bar.update()
             if not on_gpu and step == start_step + 20:
                 minutes = (time.perf_counter() - clock) / (step + 1 - clock_step) * (config.steps - step) / 60
@@ -353,13 +355,15 @@ def main(config):                                                               
             done = step + 1     # with AdamW the host waits for the device only here, to write a log line
             if done % config.log_every == 0 or done == config.steps:
                 line = {"step": done, "images": done * config.batch_size, **losses.take()}
-                speed = (done - clock_step) * config.batch_size / (time.perf_counter() - clock)
+                seconds = time.perf_counter() - clock
+                speed = (done - clock_step) * config.batch_size / seconds
                 line |= {"grad_norm": norm.item(), "lr": learning_rate(config, step), "images_per_s": speed,
+                         "wait": round(waited / seconds, 4),    # the share of the time spent on next(batches)
                          "skipped": skipped.report(done, control, log.tell),
                          **utilisation(flops, objective, device, speed / world)}
                 loss = math.nan if line["loss"] is None else line["loss"]
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
-                clock, clock_step = time.perf_counter(), done
+                clock, clock_step, waited = time.perf_counter(), done, 0.0
                 log.write(line)
                 skipped.check(done)
 

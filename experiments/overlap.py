@@ -1,10 +1,10 @@
 """How training scales: bytes all-reduced a step, and how much of that hides behind the backward pass.
 
-    torchrun --nproc_per_node=2 experiments/overlap.py      # measured: two gloo processes on this machine
+    torchrun --nproc_per_node=2 experiments/overlap.py      # measured: gloo processes on one machine (Linux)
     python experiments/overlap.py                           # arithmetic: XL on 8, 64 and 512 GPUs
 
 The measurement is from the profiler's trace: the share of the all-reduce's time in which the backward pass
-computes.
+computes, on process 0. The bytes sent are those that the loopback interface counts, by whichever program.
 """
 import os
 import sys
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile
 
@@ -24,6 +25,8 @@ from objective import Objective
 # GPUs, their slowest link, and its bytes/s for each GPU
 LINKS = ((8, "NVLink, 300 GB/s", 300e9), (64, "InfiniBand, 50 GB/s a GPU", 50e9),
          (64, "Ethernet, 100 Gbit/s a node of 8", 12.5e9 / 8), (512, "InfiniBand, 50 GB/s a GPU", 50e9))
+
+STEPS = 10
 
 
 @dataclass
@@ -54,9 +57,15 @@ def length(spans):
     return sum(end - start for start, end in spans)
 
 
+def sent():
+    """Bytes that the loopback interface has sent since the machine was started."""
+    return int(Path("/proc/net/dev").read_text().partition("lo:")[2].split()[8])
+
+
 def measure(options):
-    """One step of two processes, profiled."""
+    """Steps of several processes, profiled, and the bytes that they send."""
     init_distributed()
+    world = dist.get_world_size()
     torch.manual_seed(0)
     net = MODELS[options.model](input_size=16, in_channels=4, num_classes=10)
     model, objective = DistributedDataParallel(net, broadcast_buffers=False), Objective("linear")
@@ -67,16 +76,22 @@ def measure(options):
         objective(model, x, y, *objective.draw(x)).mean().backward()
     for _ in range(3):
         step()
+    dist.barrier()
+    before = sent()
     with profile() as seen:
-        step()
+        for _ in range(STEPS):
+            step()
+    dist.barrier()
+    each = (sent() - before) / world / STEPS
     events = [(e.name, (e.time_range.start, e.time_range.end)) for e in seen.events()]
     reduce = union(span for name, span in events if "all_reduce" in name or "allreduce" in name)
     backward = union(span for name, span in events if name.startswith("autograd::engine::evaluate_function"))
-    count = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    hidden = common(reduce, backward) / length(reduce)
-    print0(f"{options.model}, {count / 1e6:.1f} M gradients = {4 * count / 2**20:.0f} MiB a step in "
-           f"{len(reduce)} spans of all-reduce, {length(reduce) / 1e3:.0f} ms; {hidden:.0%} of it while the "
-           f"backward pass computes ({length(backward) / 1e3:.0f} ms)")
+    size = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+    hidden, took = common(reduce, backward) / length(reduce), length(reduce) / 1e3 / STEPS
+    print0(f"{options.model}, {world} processes, per step: {size / 2**20:.2f} MiB of gradients; each "
+           f"process sends {each / 2**20:.2f} MiB, in a ring {2 * (world - 1) / world * size / 2**20:.2f}; "
+           f"all-reduce {took:.0f} ms, {hidden:.0%} of it while the backward pass computes "
+           f"({length(backward) / 1e3 / STEPS:.0f} ms), {(1 - hidden) * took:.0f} ms of waiting")
     leave_distributed()
 
 

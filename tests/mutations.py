@@ -49,8 +49,10 @@ CHANGES = [
      "if done % config.log_every == 0:"),
     ("train.py", '"images": done * config.batch_size', '"images": (done - start_step) * config.batch_size'),
     ("train.py", "speed = (done - clock_step) * config", "speed = config.log_every * config"),
-    ("train.py", "                clock, clock_step = time.perf_counter(), done\n",
-     "                clock = time.perf_counter()\n"),
+    ("train.py", "                clock, clock_step, waited = time.perf_counter(), done, 0.0\n",
+     "                clock, waited = time.perf_counter(), 0.0\n"),
+    ("train.py", "                clock, clock_step, waited = time.perf_counter(), done, 0.0\n",
+     "                clock, clock_step = time.perf_counter(), done\n"),
     ("train.py", '"lr": learning_rate(config, step)', '"lr": learning_rate(config, done)'),
     ("train.py", "                skipped.check(done)\n", ""),
 

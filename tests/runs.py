@@ -62,6 +62,13 @@ def train_on(processes, *flags):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def workers_of(agent, script):
+    """The processes that torchrun has started to run the script."""
+    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in found}
+    return [pid for pid, line in lines.items() if script in line and "torch.distributed.run" not in line]
+
+
 def log_of(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 

@@ -40,7 +40,7 @@ README, CONTRIBUTING = DOCUMENTS[ROOT / "README.md"], DOCUMENTS[ROOT / "CONTRIBU
 
 # Flags of torchrun, SLURM, pip and pytest, and flags and scripts of the past that the log names.
 OTHERS = set("""nproc_per_node nnodes rdzv_backend rdzv_endpoint rdzv_id max-restarts shutdown-timeout
-                numa-binding nodes ntasks-per-node gpus-per-node time requeue open-mode signal
+                numa-binding standalone nodes ntasks-per-node gpus-per-node time requeue open-mode signal
                 extra-index-url enhance_range betas""".split())
 GONE = {("LOG.md", "cost.py"), ("LOG.md", "experiments/cost.py"), ("LOG.md", "fall.py")}
 

@@ -19,6 +19,7 @@ import engine
 import log
 import objective
 import optim
+import shapes
 from checkpoint import build, load_model
 from config import Config
 from data import open_dataset
@@ -182,6 +183,21 @@ def test_the_speed_is_that_of_training_alone(monkeypatch, capsys):
     train("--steps", 20, "--log_every", 4, "--save_every", 5, capsys=capsys)
     speeds = {line["step"]: line["images_per_s"] for line in log_of("runs/shapes") if "images_per_s" in line}
     assert speeds == {4: 128, 8: 128, 12: 128, 16: 128, 20: 128}
+
+
+@pytest.mark.parametrize("seconds, share", [(0.0, 0.0), (0.5, 0.5), (1.5, 0.75)])
+def test_the_share_of_waiting_is_that_of_a_source_of_known_speed(monkeypatch, capsys, seconds, share):
+    """On a clock that ticks half a second per step, and `seconds` while the source makes a batch."""
+    now, read = [0.0], shapes.Shapes.__getitem__
+
+    def slow(self, positions):
+        now[0] += seconds
+        return read(self, positions)
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
+    watched(monkeypatch, lambda optimizer: now.__setitem__(0, now[0] + 0.5))
+    monkeypatch.setattr(shapes.Shapes, "__getitem__", slow)
+    train("--steps", 20, "--log_every", 4, "--save_every", 5, capsys=capsys)
+    assert [line["wait"] for line in log_of("runs/shapes") if "wait" in line] == [share] * 5
 
 
 def test_the_precision_is_kept_on_resume(monkeypatch, capsys):

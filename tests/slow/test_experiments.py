@@ -48,9 +48,10 @@ def test_peers_write_a_finite_score_for_each_method(command, methods, tmp_path):
     (f"pose.py --ckpt {MODEL} --num 64 --train_steps 2 --steps 4 --starts 0.5", 3),
     ("overlap.py", 8),
     ("memory.py --models TiT-XXS/1", 3),
+    ("loader.py --images 600 --workers 1 --model TiT-XXS/8 --batch 16 --seconds 0.1 --no-compile", 4),
     ("bench.py --compiles no --batches 16 --seconds 0.01 --modes sample", 11),
     (f"accelerate.py --ckpt {MODEL} --num 2 --columns 2,4 --device cpu", 12),
-], ids=["price", "pose", "overlap", "memory", "bench", "accelerate"])
+], ids=["price", "pose", "overlap", "memory", "loader", "bench", "accelerate"])
 def test_a_table_has_its_rows(command, rows):
     if command.startswith("accelerate"):
         pytest.importorskip("diffusers")

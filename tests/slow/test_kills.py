@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import FLAGS, assert_same, reached, torchrun, train, train_on
+from runs import FLAGS, assert_same, reached, torchrun, train, train_on, workers_of
 from toys import ROOT, run, states
 
 pytestmark = pytest.mark.slow
@@ -43,13 +43,6 @@ def wait_until(condition, process, limit=100):
             return False
         time.sleep(0.002)
     return True
-
-
-def workers_of(agent, script):
-    """The processes that torchrun has started to run the script."""
-    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
-    lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in found}
-    return [pid for pid, line in lines.items() if script in line and "torch.distributed.run" not in line]
 
 
 def test_kill_9_at_twenty_moments(capsys):
