@@ -144,20 +144,20 @@ def ticking(bar, on):
 def next_commands(config):
     """The commands that continue from here, with the flags that this run had."""
     line = f"images and model are in {config.out}. Next: python sample.py --ckpt {shlex.quote(config.out)}"
-    row = RECIPES.get(config.recipe + "-few")
-    if config.lam or row is None:
+    base, _, kind = config.recipe.rpartition("-")
+    name, count = (f"{base}-one", "one step") if kind == "few" else (f"{config.recipe}-few", "two steps")
+    if name not in RECIPES or bool(config.lam) != (kind == "few"):
         return line
-    few = Config(**row, recipe=config.recipe + "-few")
+    more = Config(**RECIPES[name], recipe=name)
     names = ("data", "labels", "image_size", "model", "transport")
-    start = {"init_from": config.out, **{name: getattr(config, name) for name in names}}
-    flags = [f"--{name} {shlex.quote(text_of(value))}" for name, value in start.items()
-             if value != getattr(few, name)]
-    if config.x_pred != few.x_pred:
+    start = {"init_from": config.out, **{key: getattr(config, key) for key in names}}
+    flags = [f"--{key} {shlex.quote(text_of(value))}" for key, value in start.items()
+             if value != getattr(more, key)]
+    if config.x_pred != more.x_pred:
         flags.append("--x_pred" if config.x_pred else "--no-x_pred")
     if config.out != f"runs/{config.recipe}":
-        flags.append(f"--out {shlex.quote(config.out + '-few')}")
-    return (line + ", or fine-tune it to two steps: python train.py --recipe "
-            + " ".join([few.recipe, *flags]))
+        flags.append(f"--out {shlex.quote(config.out + name[-4:])}")
+    return f"{line}, or fine-tune it to {count}: python train.py --recipe " + " ".join([name, *flags])
 
 
 def last_words(config, stop, step, start_step, saved):

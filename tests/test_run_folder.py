@@ -1,7 +1,9 @@
 """The folder of a run: what is ours in it, who may write there, and what a run says about it."""
+import dataclasses
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -22,8 +24,10 @@ from toys import run, states
 import engine
 import features
 from checkpoint import check_fit, find_states, load_model
-from engine import claim_folder
+from config import read_config
 from data import open_dataset
+from engine import claim_folder
+from log import next_commands
 
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -157,7 +161,6 @@ def test_the_hints_work_when_pasted(home, capsys):
         line = train("--steps", 1, *flags, capsys=capsys).strip().splitlines()[-1]
         commands = line.split("Next: ")[1].split(", or fine-tune it to two steps: ")
         assert len(commands) == 2
-        import shlex
         script, *words = shlex.split(commands[0])[1:]
         drawn = ["--num", 2, "--steps", 1, "--device", "cpu", "--out", "two.npz"]
         assert run(script, *words, *drawn, capsys=capsys)[0] == 0
@@ -169,6 +172,18 @@ def test_the_hints_work_when_pasted(home, capsys):
         few = load_model(words[words.index("--out") + 1] if "--out" in words else "runs/shapes-few")[1]
         many = load_model(few.init_from)[1]
         assert (few.lam, few.data, few.labels) == (1, many.data, many.labels)
+
+
+def test_two_steps_lead_to_one_where_a_recipe_has_it():
+    """The command, read as train.py reads it, starts from this run with its data; one step is the end."""
+    few = read_config(["--recipe", "fashion-few"], "")
+    assert next_commands(few).endswith(" to one step: python train.py --recipe fashion-one")
+    for config in (few, dataclasses.replace(few, out="a b", data="fashion:d", model="TiT-XXS/4")):
+        one = read_config(shlex.split(next_commands(config).split("train.py ")[1]), "")
+        assert (one.init_from, one.data, one.model) == (config.out, config.data, config.model) and one.distil
+        assert one.out == ("runs/fashion-one" if config is few else "a b-one")
+        assert " or " not in next_commands(one)
+    assert " or " not in next_commands(read_config(["--recipe", "shapes-few"], ""))
 
 
 def test_the_command_for_lambda_1_from_scratch_works(home, capsys):
