@@ -315,6 +315,7 @@ CHANGES = [
     ("log.py", "loss / count if count else None, ", "loss / max(count, 1), "),
     ("log.py", '"labels", "image_size", "model"', '"image_size", "model"'),
     ("log.py", 'if config.out != f"runs/{config.recipe}":', 'if config.out == f"runs/{config.recipe}":'),
+    ("log.py", 'bool(config.lam) != (kind == "few")', "config.lam"),
     ("log.py", "    if not saved:\n", "    if not saved and not stop:\n"),
     ("log.py", '"fc-vs-fe": 2}', '"fc-vs-fe": 1}'),
     ("log.py", "[objective.style] * (objective.zeta > 0)", "[objective.style]"),
@@ -369,6 +370,7 @@ CHANGES = [
     ("objective.py", "D.clamp(-self.clip, self.clip)", "D"),
     ("objective.py", ".sqrt() - self.huber", ".sqrt()"),
     ("objective.py", "torch.where(expand(drop, x_t), (v + reference) / 2, v_star)", "v_star"),
+    ("objective.py", "self.dx_dt(teacher if self.distil else net,", "self.dx_dt(net,"),
     ("objective.py", "/ (2 * self.dt)", "/ self.dt"),
     ("objective.py", "(t - self.dt).clamp_min(0)", "(t - self.dt)"),
 
