@@ -146,9 +146,10 @@ def next_commands(config):
     line = f"images and model are in {config.out}. Next: python sample.py --ckpt {shlex.quote(config.out)}"
     base, _, kind = config.recipe.rpartition("-")
     name, count = (f"{base}-one", "one step") if kind == "few" else (f"{config.recipe}-few", "two steps")
-    if name not in RECIPES or bool(config.lam) != (kind == "few"):
+    row = RECIPES.get(name, {})
+    if row.get("init_from") != f"runs/{config.recipe}" or bool(config.lam) != (kind == "few"):
         return line
-    more = Config(**RECIPES[name], recipe=name)
+    more = Config(**row, recipe=name)
     names = ("data", "labels", "image_size", "model", "transport")
     start = {"init_from": config.out, **{key: getattr(config, key) for key in names}}
     flags = [f"--{key} {shlex.quote(text_of(value))}" for key, value in start.items()

@@ -183,7 +183,8 @@ def test_two_steps_lead_to_one_where_a_recipe_has_it():
         assert (one.init_from, one.data, one.model) == (config.out, config.data, config.model) and one.distil
         assert one.out == ("runs/fashion-one" if config is few else "a b-one")
         assert " or " not in next_commands(one)
-    assert " or " not in next_commands(read_config(["--recipe", "shapes-few"], ""))
+    for recipe in ("shapes-few", "shapes32-few"):       # shapes32-one starts from the many-step run
+        assert " or " not in next_commands(read_config(["--recipe", recipe], ""))
 
 
 def test_the_command_for_lambda_1_from_scratch_works(home, capsys):
