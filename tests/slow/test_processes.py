@@ -88,17 +88,18 @@ def test_two_agents_by_rendezvous_train_as_one_process(capsys):
 
 def test_a_lost_agent_is_started_again(capsys):
     """kill -9 of an agent and its process; the other waits for its successor, and both resume."""
-    flags, port = ("--batch_size", "32", "--steps", "200", "--out"), free_port()
+    flags, port = ("--batch_size", "32", "--steps", "60", "--out"), free_port()
     agents = [start_agent(port, *flags, "lost")]
     while not in_use(port):         # the first agent holds the rendezvous, and must survive
+        assert agents[0].poll() is None
         time.sleep(0.1)
     agents.append(start_agent(port, *flags, "lost"))
     while not states("lost"):
-        time.sleep(0.01)
-    assert agents[1].poll() is None
+        assert [agent.poll() for agent in agents] == [None, None], Path("agents.txt").read_text()[-3000:]
+        time.sleep(0.1)
     for number in (agents[1].pid, *workers_of(agents[1], "train.py")):
         os.kill(number, signal.SIGKILL)
-    assert agents[1].wait() == -signal.SIGKILL and reached("lost") < 200
+    assert agents[1].wait() == -signal.SIGKILL and reached("lost") < 60
     agents[1] = start_agent(port, *flags, "lost")
     assert [agent.wait(timeout=300) for agent in agents] == [0, 0], Path("agents.txt").read_text()[-3000:]
     train_on(2, *flags, "straight")
