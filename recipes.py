@@ -18,7 +18,7 @@ FEW = dict(lam=1.0, zeta=1.0, style="fc-vs-xz", enhance_range=(0.0, 1.0), huber=
            warmup=20, ema=(0.99,), sample_steps=2, kappa=0.0, gap=(0.001, 0.7))
 FEW32 = FEW | dict(derivative="central", dt=0.02, lr=1e-3, gap=(0.001, 0.6))
 MUON = dict(optimizer="muon")
-# One call learns the two calls, at t and 3/4 t, of the few-step model.
+# One call learns what the few-step model draws with two, at t and at 3/4 t.
 ONE = FEW | MUON | dict(lam=0.75, distil=True, time_beta=(3.0, 1.0, 1.0), lr=3e-3, warmup=100, ema=(0.995,),
                         sample_steps=1)
 
@@ -49,12 +49,12 @@ RECIPES = {
                            FASHION, MANY, MUON, zeta=0.4, steps=9000),
     "fashion-few":  recipe("two steps: 6 min on one core, 4.2 @ 2", FASHION, FEW, MUON,
                            lr=3e-3, warmup=100, steps=720, ema=(0.995,), dt=0.1, rho=0.5, gap=(0.001, 0.75)),
-    "fashion-one":  recipe("one step: 6 min on one core, 4.0 @ 1", FASHION, ONE, steps=720),
+    "fashion-one":  recipe("one step: 13 to 16 min on one busy core, 4.0 @ 1", FASHION, ONE, steps=720),
     "avatars":      recipe("many-step: 70 to 120 min on one core",
                            AVATARS, MANY, MUON, zeta=0.4, lr=5e-3, steps=6000),
     "avatars-few":  recipe("two steps: 20 min on one core", AVATARS, FEW, MUON, lr=3e-3, warmup=100,
                            steps=1000, ema=(0.995,), dt=0.1, gap=(0.001, 0.75)),
-    "avatars-one":  recipe("one step: 20 min on one core", AVATARS, ONE, steps=1000),
+    "avatars-one":  recipe("one step: 42 min on one busy core", AVATARS, ONE, steps=1000),
     "folder":       recipe("many-step, your images: 80 min", FOLDER, MANY, MUON, lr=5e-3, steps=5000),
     "folder-few":   recipe("two steps: 10 min", FOLDER, FEW, steps=600),
     "cifar10":      recipe("many-step; not run", CIFAR, MANY, lr=1e-3, steps=200_000, ema=(0.9999,)),
@@ -122,7 +122,7 @@ RECIPES |= {
     "dit":          recipe("samples DiT files", LATENTS, DIT, sample_steps=50, cfg_scale=1.5),
 }
 
-for name, row in RECIPES.items():       # few steps start from many, one from few
+for name, row in RECIPES.items():       # a run starts from the many-step run of its name, or distils the few-step one
     base, _, steps = name.rpartition("-")
     if steps in ("few", "one"):
         row["init_from"] = f"runs/{base}-few" if row.get("distil") else f"runs/{base}"
