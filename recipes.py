@@ -122,7 +122,8 @@ RECIPES |= {
     "dit":          recipe("samples DiT files", LATENTS, DIT, sample_steps=50, cfg_scale=1.5),
 }
 
-for name, row in RECIPES.items():       # a run starts from the many-step run of its name, or distils the few-step one
+# A run starts from the many-step run of the same name; one that distils starts from the few-step run.
+for name, row in RECIPES.items():
     base, _, steps = name.rpartition("-")
     if steps in ("few", "one"):
         row["init_from"] = f"runs/{base}-few" if row.get("distil") else f"runs/{base}"

@@ -77,12 +77,11 @@ def sample_indices(config, accumulate, start_step):
             yield (starts[:, None] + np.arange(CHUNK)).flatten()
 
 
-def open_batches(data, config, accumulate, start_step, device):
-    """Micro-batches x, y. On a GPU they are read by worker processes."""
-    on_gpu = device.type == "cuda"
+def open_batches(data, config, accumulate, start_step, on_gpu, workers):
+    """Micro-batches x, y, read by worker processes, or by this one if there are none."""
     return iter(torch.utils.data.DataLoader(
         data, batch_size=None, sampler=sample_indices(config, accumulate, start_step), pin_memory=on_gpu,
-        num_workers=4 if on_gpu else 0, multiprocessing_context="fork" if on_gpu else None,
+        num_workers=workers, multiprocessing_context="fork" if workers else None,
         worker_init_fn=lambda k: os.setpgid(0, 0)))     # signals to the group are for the main process
 
 
@@ -296,7 +295,7 @@ def main(config):                                                               
     if compiled and on_gpu and not config.fsdp and world * accumulate == 1 and find_spec("extras"):
         from extras.cudagraph import Graphed                    # the same step in a single launch
         train_step = Graphed(train_step, lambda: can_capture(optimizer))
-    batches = open_batches(data, config, accumulate, start_step, device)
+    batches = open_batches(data, config, accumulate, start_step, on_gpu, 4 if on_gpu else 0)
     generator = torch.Generator("cpu" if device.type == "mps" else device)
 
     describe(config, net, data, device, world, accumulate, compiled, wanted)

@@ -23,7 +23,7 @@ from config import Config, read_flags, setting
 from data import open_dataset
 from engine import pick_device, pick_dtype, run, spare_threads
 from images import find_classes, read_many, read_square
-from train import sample_indices
+from train import open_batches
 
 SIZE = 32
 
@@ -60,9 +60,7 @@ def from_cache(root, cache, options):
     """Images per second of train.py's batches x, y, once the workers have started."""
     data = open_dataset(f"folder:{root}", SIZE, cache=cache)
     config = Config(batch_size=options.batch, steps=10**9)
-    batches = iter(torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=sample_indices(config, 1, 0), num_workers=options.workers,
-        multiprocessing_context="fork" if options.workers else None))
+    batches = open_batches(data, config, 1, 0, on_gpu=False, workers=options.workers)
     next(batches)
     start, done = time.perf_counter(), 0
     while (passed := time.perf_counter() - start) < options.seconds:
