@@ -98,7 +98,7 @@ def plain(tmp_path_factory):
     "--transport ddpm --gap 0.01,0.001", "--transport edm --huber 0.5 --time_weight none",
     "--lam 0:1 --clip 0", "--loss log --huber 0.1",
     "--optimizer radam --grad_clip 0", "--micro_batch 16 --batch_size 48", "--labels none", "--labels star",
-    "--transport x-prediction", "--dtype bfloat16", "--dtype auto", "--grad_checkpoint", "--ema 0.05,0.99",
+    "--transport x-prediction", "--dtype bfloat16", "--grad_checkpoint", "--ema 0.05,0.99",
     "--kappa 0 --rho 1", "--model DiT-XXS/8", "--time_beta 0.8,1,1 --label_drop 0", "--optimizer adamw"])
 def test_every_switch_trains(plain, home, capsys, extra):
     """To other losses, weights or images than without it, but for what says only how to compute."""
