@@ -1,6 +1,6 @@
 """The sampler of UCGM-S (arXiv 2505.07447): one loop for few-step and many-step models.
 
-At each time the network says which data and which noise it sees in x, and the next x mixes the two again:
+At each time the network estimates the data and the noise in x, and the next x is a new mixture of the two:
 
     x_hat, z_hat = predict(net, transport, x, t_i, y)
     x = alpha(t_{i+1}) z_hat + gamma(t_{i+1}) x_hat
@@ -8,8 +8,9 @@ At each time the network says which data and which noise it sees in x, and the n
 The rest is optional: extrapolate (kappa), replace part of the noise (rho), look ahead (order 2). Without
 these options it is Euler's method on flow matching and DDIM on DDPM; README.md lists what else it can be.
 
-kappa "auto" rests on one fact: rescaled, every transport is the linear one. Let u = x / (alpha + gamma) and
-tau = alpha / (alpha + gamma), which falls to 0. Then du / dtau = v = z_hat - x_hat, as in flow matching.
+kappa "auto" rests on one fact: divided by alpha + gamma, every transport is the linear one. With u =
+x / (alpha + gamma) and tau = alpha / (alpha + gamma), x = alpha z_hat + gamma x_hat reads u = tau z_hat +
+(1 - tau) x_hat. As in flow matching, du / dtau = v = z_hat - x_hat, and "auto" integrates it to tau = 0.
 """
 import numpy as np
 import torch
@@ -25,19 +26,19 @@ def tau_at(transport, t):
 def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1, kappa=0.0, transport="linear"):
     """Times t_0 > t_1 > ... > t_{N-1} of the network calls, then 0: a list of N + 1 floats.
 
-    N is steps, or (steps + 1) // 2 with order 2 (two calls per step). gap: t_0 is 1 - gap[0], and t_{N-1},
-    the time of the last call, is gap[1]; if that is 0, it is one even step above 0.
-    schedule: the Kumaraswamy warp (1 - (1 - u^a)^b)^c of u = 1 - t, which also moves t_0 and t_{N-1}.
-    kappa "auto": even in tau + logit(tau) / 32 (a little denser at both ends), warped, down to tau =
-    (N - 1)^-1.5 (at most 1 / N, and at least the tau of gap[1]). The straight step from there to 0 has an
-    error of about tau^2 = (N - 1)^-3, third order like the rest: calls nearer to 0 would be wasted.
+    N is steps, or (steps + 1) // 2 with order 2 (two calls each). gap: t_0 is 1 - gap[0], and t_{N-1}, the
+    time of the last call, is gap[1], or one even step above 0 if that is 0.
+    schedule: the Kumaraswamy warp (1 - (1 - s^a)^b)^c of s = 1 - t, which then moves t_0 and t_{N-1}, too.
+    kappa "auto": even in tau + logit(tau) / 32 (denser at both ends); the warp keeps the ends. The last call
+    is at tau = (N - 1)^-1.5, but not above tau_0 / N or below the tau of gap[1]. Its x_hat is a straight step
+    to 0 with an error of about tau^2 = (N - 1)^-3: third order, like the other steps.
     """
     if (np.shape(gap) != (2,) or np.shape(schedule) != (3,) or steps < 1 or order not in (1, 2)
             or min(gap) < 0 or sum(gap) >= 1 or min(schedule) <= 0):
         raise ValueError(f"steps {steps} must be >= 1, order {order} 1 or 2, schedule {schedule} three "
                          f"numbers > 0, gap {gap} two >= 0 that add to less than 1, such as (.001, .5)")
     (a, b, c), (gap0, gap1) = schedule, gap
-    n, warp = steps if order == 1 else (steps + 1) // 2, lambda u: (1 - (1 - u**a) ** b) ** c
+    n, warp = steps if order == 1 else (steps + 1) // 2, lambda s: (1 - (1 - s**a) ** b) ** c
     if kappa == "auto":
         t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
         tau = tau_at(resolve(transport), t)
@@ -47,19 +48,19 @@ def time_grid(steps, schedule=(1.0, 1.0, 1.0), gap=(1e-3, 1e-3), order=1, kappa=
         first, last = np.interp(ends, tau, clock)
         even = first + (last - first) * warp(torch.linspace(0, 1, n, dtype=torch.float64))
         return [*np.interp(even, clock, t).tolist(), 0.0]
-    u = torch.linspace(gap0, 1 - gap1, n if gap1 > 0 else n + 1, dtype=torch.float64)[:n]
-    return [*(1 - warp(u)).tolist(), 0.0]
+    s = torch.linspace(gap0, 1 - gap1, n if gap1 > 0 else n + 1, dtype=torch.float64)[:n]
+    return [*(1 - warp(s)).tolist(), 0.0]
 
 
 def is_guided(transport, t, cfg_scale, cfg_interval):
-    """Whether guidance is on at t (a float). The closed interval is in the network's time, scaled to 0..1."""
+    """Whether guidance is on at t (a float). cfg_interval: closed, in the network's time scaled to 0..1."""
     start, end = transport.net_time(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
     own = t if end > start else 1 - t
     return cfg_scale != 1 and cfg_interval[0] <= own <= cfg_interval[1]
 
 
 def renew(z_hat, rho, transport, t, i, noise):
-    """Replace rho of the variance by new noise. "sde": 2 |dt| alpha(t_i) / alpha(t_{i+1})^2, at most 1."""
+    """Replace a share rho of its variance. "sde": 2 |dt| alpha(t_i) / alpha(t_{i+1})^2, at most 1."""
     if rho == "sde":
         rho = 2 * (t[i] - t[i + 1]).abs() * transport.alpha(t[i]) / transport.alpha(t[i + 1]) ** 2
         rho = rho.clamp(0, 1).item()
@@ -67,10 +68,9 @@ def renew(z_hat, rho, transport, t, i, noise):
 
 
 def integral(calls, start, end):
-    """Integrate, from start to end, the polynomial in tau through the v of these calls (tau, u, v); like v.
+    """The integral from start to end of the polynomial in tau through the v of these calls; shaped like v.
 
-    With s = (tau - start) / (end - start), the K weights must integrate s^p exactly over 0..1 for all p < K:
-    sum_k w_k s_k^p = 1 / (p + 1).
+    With s = (tau - start) / (end - start), the weights integrate s^p exactly: sum_k w_k s_k^p = 1 / (p + 1).
     """
     s = [(tau - start) / (end - start) for tau, _, _ in calls]                               # K numbers
     w = np.linalg.solve(np.vander(s, increasing=True).T, 1 / np.arange(1, len(s) + 1))       # (K, K), (K,)
@@ -78,12 +78,13 @@ def integral(calls, start, end):
 
 
 def next_u(calls, now, after, u, v):
-    """A step of kappa "auto": u (B, ...) at tau = after, from u and v at tau = now. Appends these to calls.
+    """A step of kappa "auto": u (B, ...) at tau = after, from u and v at tau = now.
 
-    First correct, then predict. u was predicted, and v is the network's answer at that u. Repeat the step
-    that led to u with the last three v, this one included (Adams-Moulton); v is not asked for again. Then
-    predict the next u (Adams-Bashforth) from three v. Where v has changed by .1 or more of its norm, use two;
-    by .5 or more, only one (Euler); by 1 or more, do not correct either. Each image decides for itself.
+    The u passed in is a prediction, and v the network's answer there. First correct: redo the step that led
+    to u with v among its three points (Adams-Moulton); the network is not called at the corrected u. Then
+    predict the next u from the last three v (Adams-Bashforth). Both are of third order. In an image whose v
+    has changed by .1 of its norm or more, the prediction takes two v; from .5 on, one (Euler); from 1 on, the
+    correction is dropped, too. calls: the last three (tau, corrected u, v); this one is added.
     """
     change = torch.ones_like(u)         # at the first call: Euler, and nothing to correct
     if calls:
@@ -101,10 +102,10 @@ def next_u(calls, now, after, u, v):
 def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
     """A step of sample() and of extras/scheduler.py: x at t[i + 1], or the images at the end, and z_hat.
 
-    t (N + 1,): the grid, on the CPU. predicted: x_hat and z_hat (B, ...) at t[i]. calls: an empty list at the
-    first step of a run, then what the steps leave in it. kappa, rho, noise(i): as in sample().
+    t (N + 1,): the grid, on the CPU. predicted: x_hat and z_hat (B, ...) at t[i]. kappa, rho, noise(i): as in
+    sample(). calls: [] at the first step, then the same list, which holds what the next step needs.
     """
-    if i == len(t) - 2:                 # the image is the network's own answer; a corrected u would add noise
+    if i == len(t) - 2:     # x_hat is the image; a corrected u would add noise that no further call removes
         return predicted
     x_hat, z_hat = predicted
     alpha, gamma = transport.alpha(t[i + 1]).item(), transport.gamma(t[i + 1]).item()
@@ -114,25 +115,25 @@ def next_x(transport, t, i, predicted, calls, kappa, rho, noise):
         return (alpha + gamma) * u, z_hat
     if kappa and i >= 2:                # as published; 1/3 gives second order, and more sharpens
         x_hat, z_hat = (new + kappa * (new - old) for new, old in zip(predicted, calls[-1]))
-    calls[:] = [predicted]              # not extrapolated: x carries the earlier extrapolations already
+    calls[:] = [predicted]              # as predicted: x carries the earlier extrapolations already
     return alpha * renew(z_hat, rho, transport, t, i, noise) + gamma * x_hat, z_hat
 
 
 @torch.no_grad()
 def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1, schedule=(1.0, 1.0, 1.0),
            gap=(1e-3, 1e-3), cfg_scale=1.0, cfg_interval=(0.0, 1.0), times=None, noise=None, on_step=None):
-    """Images x_hat like z (B, ...) from noise z and classes y (B,), or other conditions y (B, ...).
+    """Images x_hat like z (B, ...) from noise z; y: classes (B,), or other conditions (B, ...).
 
     net(x, t, y) -> like x, called in z's dtype. kappa: a number or "auto". rho: a number in 0..1 or "sde".
-    times: a grid in place of steps, schedule and gap. Guidance uses objective.null_of(net). noise(i) ->
-    fresh noise like z. on_step(i, t, x_hat) sees each raw prediction.
-    ValueError: settings that exclude each other, or a first time at which the formula divides by zero.
+    times: a grid in place of steps, schedule and gap; z is the x at its first time. Guidance uses
+    objective.null_of(net). noise(i) -> fresh noise like z. on_step(i, t, x_hat) sees each raw prediction.
+    ValueError: settings that exclude each other, or a first time at which `solve` divides by zero.
     """
     transport, null = resolve(transport), null_of(net)
     times = time_grid(steps, schedule, gap, order, kappa, transport) if times is None else times
     times = [*(float(t) for t in times if t != 0), 0.0]
-    noise = noise or (lambda i: torch.randn_like(z))
     check_sampler(transport, times, kappa, rho, order, cfg_scale, null)
+    noise = noise or (lambda i: torch.randn_like(z))
     x = z.to(torch.float32 if z.device.type == "mps" else torch.float64)     # the state; MPS has no float64
     t = torch.tensor(times, dtype=x.dtype)                                   # (N + 1,), on the CPU
     last, calls = len(times) - 2, []
@@ -142,10 +143,9 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
             x, t = x.to(z.dtype), t.to(z.dtype)
             if not is_guided(transport, times[i], cfg_scale, cfg_interval):
                 return net(x, t, y)
-            both = torch.cat([y, null(y)])           # one call of twice the batch
-            F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+            F_y, F_null = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null(y)])).chunk(2)
             return F_null + cfg_scale * (F_y - F_null)
-        t_i = torch.full((len(x),), times[i], dtype=x.dtype, device=x.device)    # (B,); a copy would wait
+        t_i = torch.full((len(x),), times[i], dtype=x.dtype, device=x.device)    # (B,); a copy would sync
         return predict(ask, transport, x, t_i, y)[1:]
 
     for i in range(last + 1):
@@ -157,7 +157,7 @@ def sample(net, z, y, transport="linear", steps=40, kappa=0.0, rho=0.0, order=1,
             (a, a_next), (g, g_next) = (f(t[i:i + 2]).tolist() for f in (transport.alpha, transport.gamma))
             z_mean = (z_hat + denoise(x_next, i + 1)[1]) / 2
             x_next = x * g_next / g + (a_next - g_next * a / g) * z_mean
-            # Renew the noise in x_next, z_mean, only now: Heun's correction would magnify fresh noise.
+            # Renew z_mean, the noise in x_next, only now: Heun's correction would magnify fresh noise.
             x_next += a_next * (renew(z_mean, rho, transport, t, i, noise) - z_mean)
         x = x_next
     return x.to(z.dtype)
@@ -174,7 +174,7 @@ def check_sampler(transport, times, kappa, rho, order, cfg_scale, null):
         raise ValueError(f"kappa auto needs rho 0 and order 1, found {rho} and {order}: give a number for it")
     start = torch.tensor(times[0], dtype=torch.float64)
     if transport.determinant(start).abs() < 1e-6 or order == 2 and transport.gamma(start).abs() < 1e-6:
-        raise ValueError(f"at t = {times[0]} the share of data in x is 0, and order 2 and epsilon-prediction "
-                         "divide by it: set gap[0] above 0, such as 0.001")
+        raise ValueError(f"at t = {times[0]} x contains no data, and order 2 and epsilon-prediction divide "
+                         "by its share: set gap[0] above 0, such as 0.001")
     if cfg_scale != 1 and null is None:
         raise ValueError(f"guidance {cfg_scale} needs a null class, which the network lacks; use cfg_scale 1")
