@@ -2,10 +2,12 @@
 
     python sample.py --ckpt runs/shapes --beside runs/shapes-few --out film.gif
 """
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from data import image_grid, noise_like_seed
 from sample import generate
+
+GAP, TITLE = 24, 20             # pixels between two models, and above each
 
 
 def draw_film(pipelines, seeds, options, classes, columns):
@@ -15,14 +17,21 @@ def draw_film(pipelines, seeds, options, classes, columns):
         frames = [noise_like_seed(seeds, pipeline.shape).to(pipeline.device)]
         see = lambda i, t, x_hat, frames=frames: frames.append(x_hat)
         next(generate(pipeline, seeds, len(seeds), classes=classes, on_step=see, **options.given()))
-        titles = [f"{k} of {len(frames) - 1}" for k in range(len(frames))]
-        films.append([image_grid(pipeline.to_images(x), columns, titles=["call", title])
-                      for x, title in zip(frames, titles)])
-    width, height = films[0][0].size
-    pages = [Image.new("RGB", ((width + 24) * len(films) - 24, height), "white") for _ in max(films, key=len)]
-    for k, film in enumerate(films):
-        for i, page in enumerate(pages):
-            page.paste(film[min(i, len(film) - 1)], (k * (width + 24), 0))
-    pages = [page.quantize(128, dither=Image.Dither.NONE) for page in pages]     # for a smaller file
+        films.append([(f"{pipeline.config.recipe}: call {k} of {len(frames) - 1}",
+                       image_grid(pipeline.to_images(x), columns)) for k, x in enumerate(frames)])
+    width, height = films[0][0][1].size
+    pages = []
+    for i in range(max(map(len, films))):
+        page = Image.new("RGB", ((width + GAP) * len(films) - GAP, height + TITLE), "white")
+        for k, film in enumerate(films):
+            title, images = film[min(i, len(film) - 1)]
+            ImageDraw.Draw(page).text((k * (width + GAP), 2), title, "black", ImageFont.load_default(13))
+            page.paste(images, (k * (width + GAP), TITLE))
+        pages.append(page)
+    # One palette, of the finished images: the colours of the noise would take the place of theirs.
+    palette = Image.new("P", (1, 1))
+    colours = pages[-1].quantize(256, kmeans=4).getpalette()
+    palette.putpalette([255 if value > 247 else value for value in colours])    # white stays white
+    pages = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
     pages[0].save(options.out, save_all=True, append_images=pages[1:], loop=0,
                   duration=[800, *[100] * (len(pages) - 2), 3000])

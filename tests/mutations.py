@@ -375,7 +375,7 @@ CHANGES = [
     ("objective.py", "(t - self.dt).clamp_min(0)", "(t - self.dt)"),
 
     # ---- sampler.py
-    ("sampler.py", "(steps + 1) // 2, lambda u", "max(1, steps // 2), lambda u"),
+    ("sampler.py", "(steps + 1) // 2, lambda s", "max(1, steps // 2), lambda s"),
     ("sampler.py", "own = t if end > start else 1 - t", "own = t"),
     ("sample.py", "(sum(cost[1:]) if order == 2", "(sum(cost) if order == 2"),
     ("sampler.py", "(1 - rho) ** 0.5 * z_hat", "(1 - rho) * z_hat"),

@@ -12,7 +12,7 @@ def test_a_film_has_the_noise_and_every_call(tmp_path, monkeypatch, capsys):
                          "--beside", shipped, capsys=capsys)
     assert status == 0, err
     film = Image.open("film.gif")
-    assert film.n_frames == 4 and film.size == (2 * (5 * 68 - 4) + 24, 18 + 2 * 68 - 4)
+    assert film.n_frames == 4 and film.size == (2 * (5 * 68 - 4) + 24, 20 + 2 * 68 - 4)
     frames = []
     for k in range(4):
         film.seek(k)
@@ -20,5 +20,6 @@ def test_a_film_has_the_noise_and_every_call(tmp_path, monkeypatch, capsys):
         assert np.array_equal(frames[k][:, :336], frames[k][:, 360:])
     status, _, _ = run("sample.py", "--ckpt", shipped, "--steps", 3, "--num", 10, capsys=capsys)
     page = np.asarray(Image.open("samples.png").convert("RGB"))[18:82, :64]     # the first image
-    distance = [np.abs(frame[18:82, :64].astype(int) - page).mean() for frame in frames]
-    assert distance[3] < 8 < distance[0], distance          # a GIF has 256 colours
+    distance = [np.abs(frame[20:84, :64].astype(int) - page).mean() for frame in frames]
+    assert distance[3] < 2 < 8 < distance[0], distance      # a GIF has 256 colours
+    assert all((frame[:, 336:360] == 255).all() for frame in frames)            # between the models: white
