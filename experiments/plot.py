@@ -99,7 +99,7 @@ def travel(net, z, **settings):
 # ---- the figures --------------------------------------------------------------------------------------
 
 def draw_paths(ways, off, out):
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.9), sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.25), sharex=True, sharey=True)
     nearest = (CENTRES[None] - ways["exact"][-1][:, None]).norm(dim=-1).argmin(1)
     for panel, (name, way) in zip(axes, ways.items()):
         for kind in range(len(CENTRES)):
@@ -108,10 +108,13 @@ def draw_paths(ways, off, out):
             panel.plot(*lines.permute(2, 0, 1).numpy(), color=colour, linewidth=0.7, alpha=0.7)
             panel.scatter(*lines[0].T.numpy(), s=8, facecolors="none", edgecolors=colour, linewidths=0.7)
             panel.scatter(*way[-1, those[:250]].T.numpy(), s=1.5, color=colour)
-        below = f"{off[name]:.2f} from the exact end" if name in off else "(the flow's equation, 400 steps)"
+        below = f"median {off[name]:.2f} from the exact end" if name in off else "400 steps of the exact flow"
         panel.set_title(f"{name}\n{below}", fontsize=10)
-        panel.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal")
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.86, 0.03)
+        panel.set(xlim=(-2.7, 2.7), ylim=(-1.9, 2.7), xticks=[], yticks=[], aspect="equal")
+    for size, face, label in ((8, "none", "noise"), (4, "black", "where it ends")):
+        axes[0].scatter([], [], s=size, facecolors=face, edgecolors="black", linewidths=0.7, label=label)
+    axes[0].legend(fontsize=8, loc="lower right", frameon=False)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.88, 0.03)
     figure.savefig(out, dpi=110)
 
 
@@ -141,17 +144,22 @@ def main_straight(out):
             for (name, row), (t, x) in zip(TRANSPORTS.items(), found.values())}
     off = max((u - of_u["linear"]).abs().max().item() for u in of_u.values())
     print(f"{len(found)} transports, one path: at equal tau their u differ by at most {off:.0e}")
-    figure, panels = plt.subplots(1, 6, figsize=(14, 3.2), width_ratios=[1] * 5 + [1.7])
+    figure, panels = plt.subplots(1, 6, figsize=(14, 3.4), width_ratios=[1] * 5 + [1.9])
     kind = (of_u["linear"][-1][:, None] - ON_A_LINE[:, 0]).abs().argmin(1)
-    lines = {name: found[name] for name in ("linear", "trigflow", "edm", "random", "ddpm")}
-    lines["all nine: u against tau"] = torch.from_numpy(taus), of_u["linear"]
-    for panel, (name, (t, x)) in zip(panels, lines.items()):
+    lines = {f"{name}: x": found[name] for name in ("linear", "trigflow", "edm", "random", "ddpm")}
+    lines[f"all nine: u = x / (alpha + gamma), equal to {off:.0e}"] = torch.from_numpy(taus), of_u["linear"]
+    for panel, (title, (t, x)) in zip(panels, lines.items()):
         for k in range(len(z)):
-            panel.plot(t, x[:, k], color=f"C{kind[k]}", linewidth=1, marker="." if "tau" in name else "",
-                       markersize=3)
-        panel.set_title(name if "tau" in name else f"{name}: x against t", fontsize=10)
+            panel.plot(t, x[:, k], color=f"C{kind[k]}", linewidth=1)
+        panel.set_title(title, fontsize=10)
         panel.set(xticks=[0, 1], yticks=[], xlim=(1.02, -0.02))
-    figure.subplots_adjust(0.01, 0.09, 0.99, 0.9, 0.08)
+        panel.set_xlabel("tau = alpha / (alpha + gamma)" if panel is panels[-1] else "t", labelpad=-10)
+    for k, (name, u) in enumerate(of_u.items()):        # every ninth call of each of the nine
+        those = slice(k, None, len(of_u))
+        points = taus[those].repeat(len(z)), u[those].flatten()
+        panels[-1].scatter(*points, s=9, marker="os^vD*Pp<"[k], color="black", linewidths=0, label=name)
+    panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handletextpad=0)
+    figure.subplots_adjust(0.01, 0.1, 0.91, 0.9, 0.08)
     figure.savefig(out, dpi=110)
 
 
