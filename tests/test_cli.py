@@ -135,7 +135,7 @@ def test_image_k_depends_on_seed_k_alone(capsys):
         assert run("sample.py", *common, *words.split(), capsys=capsys)[0] == 0
     pages = []
     for words in ("--seeds 0-11", "--seeds 0-11 --batch_size 5", "--num 12 --batch_size 1"):
-        draw("s.png", f"--rho 1 --kappa 0 --classes star {words}")
+        draw("s.png", f"--rho 1 --kappa 0 --classes star,heart,moon {words}")
         pages.append(np.asarray(Image.open("s.png")).astype(int))
     assert abs(pages[0] - pages[1]).max() <= 1 and abs(pages[0] - pages[2]).max() <= 1
     drawn = []
