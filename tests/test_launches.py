@@ -1,10 +1,12 @@
 """How a step is launched: memory that is kept, sums in a fixed order, no waiting for the device."""
 import ctypes
+import multiprocessing
 import os
 import platform
 
 import pytest
 import torch
+import torch.distributed as dist
 from runs import TIT_NANO
 from torch.overrides import TorchFunctionMode
 
@@ -36,6 +38,22 @@ FEW = dict(lam=1.0, zeta=1.0, style="fc-vs-fe")
 SETTINGS = [dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), FEW,
             FEW | dict(style="fc-vs-xz", derivative="backward", dt=0.05, huber=1.0, cosine_loss=True),
             FEW | dict(derivative="jvp"), *(dict(transport=name) for name in TRANSPORTS)]
+
+
+def test_two_processes_know_of_each_other(tmp_path):
+    """Their sums, all their values and the first one's alone; without processes there is one of each."""
+    def work(rank):
+        dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
+        found = (engine.sum_over_ranks(torch.tensor([rank + 1.0, 10.0 * rank])).tolist(),
+                 engine.gather(rank, dist.group.WORLD), engine.from_rank0(lambda: 7 + rank, dist.group.WORLD))
+        os._exit(int(found != ([3.0, 10.0], [0, 1], 7)))
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert engine.sum_over_ranks(torch.ones(2)).tolist() == [1, 1] and engine.gather(5, None) == [5]
 
 
 def test_exact_sums_want_cublas_as_it_is_set(monkeypatch):
