@@ -56,6 +56,10 @@ def test_two_processes_know_of_each_other(tmp_path):
     assert engine.sum_over_ranks(torch.ones(2)).tolist() == [1, 1] and engine.gather(5, None) == [5]
 
 
+def test_processes_take_turns_at_batches():
+    assert [[*engine.rank_batches(10, 2, rank, 2)] for rank in (0, 1)] == [[0, 4, 8], [2, 6]]
+
+
 def test_exact_sums_want_cublas_as_it_is_set(monkeypatch):
     """Checked before anything is trained: torch itself would end at the first product, or not at all."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
