@@ -3,6 +3,7 @@ import ctypes
 import multiprocessing
 import os
 import platform
+import signal
 
 import pytest
 import torch
@@ -41,12 +42,16 @@ SETTINGS = [dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), FEW,
 
 
 def test_two_processes_know_of_each_other(tmp_path):
-    """Their sums, all their values and the first one's alone; without processes there is one of each."""
+    """Their sums, all their values, the first one's alone, and a request to stop that only one of them hears;
+    without processes there is one of each."""
     def work(rank):
         dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
-        found = (engine.sum_over_ranks(torch.tensor([rank + 1.0, 10.0 * rank])).tolist(),
+        signals = engine.Signals(dist.group.WORLD)
+        if rank == 1:
+            signals.hear(signal.SIGTERM, None)
+        found = (engine.sum_over_ranks(torch.tensor([rank + 1.0, 10.0 * rank])).tolist(), signals.agree(),
                  engine.gather(rank, dist.group.WORLD), engine.from_rank0(lambda: 7 + rank, dist.group.WORLD))
-        os._exit(int(found != ([3.0, 10.0], [0, 1], 7)))
+        os._exit(int(found != ([3.0, 10.0], [signal.SIGTERM, 0], [0, 1], 7)))
     processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in (0, 1)]
     for process in processes:
         process.start()
