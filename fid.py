@@ -121,11 +121,11 @@ def precision_recall(fake, real, k=3):
 class Statistics:
     """What the scores need of a set of images: sums in float64, which add up over batches and processes.
 
-    keep: also keep all features, for KID, precision and recall. given_moments: those of a reference file.
+    keep: also keep all features, for KID, precision and recall.
     """
 
     def __init__(self, keep=False):
-        self.keep, self.given_moments = keep, None
+        self.keep = keep
         self.n, self.right = 0, 0   # images; those recognised as their class
         self.totals = Counter()     # name of the features -> their sum (D,)
         self.squares = Counter()    # name of the features -> the sum of their outer products (D, D)
@@ -161,8 +161,6 @@ class Statistics:
             setattr(self, name, merged)
 
     def moments(self, name="pool"):
-        if self.given_moments:
-            return self.given_moments
         if self.n < 2:
             raise UserError(f"a set of {self.n} images has no covariance: compare more images")
         mean = self.totals[name] / self.n
@@ -257,16 +255,15 @@ def stream_images(data, start, num, batch_size):
         yield first, to_uint8(x), y
 
 
-def is_statistics(path):
-    try:
-        return "mu.npy" in zipfile.ZipFile(path).namelist()
-    except (OSError, zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError):
-        return False                # if it is damaged, npz_images says how
-
-
-def read_statistics(path):
-    """(Moments, provenance: how they were made, or {}) of an .npz as --stats, pytorch-fid or ADM write it."""
+def read_statistics(source):
+    """(Moments, provenance: how they were made, or {}) of an .npz as --stats, pytorch-fid or ADM write it;
+    (None, None) of one without statistics, and of a folder."""
+    path = stored_path(source)
+    if path.is_dir():
+        return None, None
     with as_one_error(f"cannot read {path}", READABLE), np.load(path, allow_pickle=False) as file:
+        if "mu" not in file:
+            return None, None
         mean, covariance = (torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
         provenance = json.loads(str(file["made"])) if "made" in file else {}
     if covariance.shape != 2 * mean.shape or not (mean.sum() + covariance.sum()).isfinite():
@@ -293,30 +290,30 @@ def pick_features(options, model):
 
 
 def inception_reference(options, features, keep):
-    """(Statistics of --ref, their provenance or None)."""
-    batches = stored_images(options.ref, options.batch_size)
-    if not is_statistics(options.ref):
-        return collect(batches, None, features, keep, "reference"), None
+    """(Moments, features, provenance) of --ref: its features are (N, 2048) if keep, else None; the provenance
+    is that of its statistics, or None. A file of ADM has both images and statistics."""
     moments, provenance = read_statistics(options.ref)
     for key, mine in (("weights", features.hash), ("resize", RESIZE)):
-        if provenance.get(key, mine) != mine:
+        if provenance and provenance.get(key, mine) != mine:
             raise UserError(f"{options.ref} has {key} {provenance[key]}, not {mine}: make it with --stats")
-    real = collect(batches, None, features, keep, "reference") if keep else Statistics()
-    real.given_moments = moments
-    return real, provenance
+    if moments and not keep:
+        return moments, None, provenance
+    images = stored_images(options.ref, options.batch_size)
+    real = collect(images, None, features, keep, "reference")
+    return moments or real.moments(), real.rows if keep else None, provenance
 
 
-def inception_scores(metrics, fake, real):
-    """Name -> value."""
+def inception_scores(metrics, fake, moments, rows):
+    """Name -> value. moments, rows: of the reference."""
     values = {}
     if "fid" in metrics:
-        values["FID"] = frechet(fake.moments(), real.moments())
+        values["FID"] = frechet(fake.moments(), moments)
     if "is" in metrics:
         values["IS"] = fake.inception_score
     if "kid" in metrics:
-        values["KID"] = kernel_distance(fake.rows, real.rows)
+        values["KID"] = kernel_distance(fake.rows, rows)
     if "pr" in metrics:
-        values["precision"], values["recall"] = precision_recall(fake.rows, real.rows)
+        values["precision"], values["recall"] = precision_recall(fake.rows, rows)
     return values
 
 
@@ -361,7 +358,7 @@ def evaluate(options):
     source = options.ref or options.data or model.config.data
     if name == "inception":
         features = Inception(options.weights).to(device)
-        real, provenance = inception_reference(options, features, keep)
+        moments, rows, provenance = inception_reference(options, features, keep)
     else:
         features, data = open_classifier(options, model, name)
         num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
@@ -377,7 +374,7 @@ def evaluate(options):
     width = max(map(len, fake.totals.values()))
     if fake.n < width:
         print0(f"N = {fake.n} is below the {width:,} features, so the score is far too high: raise --num")
-    scores = (inception_scores(metrics, fake, real) if name == "inception" else
+    scores = (inception_scores(metrics, fake, moments, rows) if name == "inception" else
               classifier_scores(name, fake, real, floor, bool(data.names)))
     result = {name: round(value, 5) for name, value in scores.items()}
     result |= {"N": fake.n, "ref": source, "ref_hash": file_hash(source) if Path(source).is_file() else None,

@@ -30,7 +30,7 @@ from data import open_dataset
 from engine import atomic_write, ignore_disk_errors
 from extras.latents import map_shard
 from extras.published import unwrap
-from fid import is_statistics, read_statistics, stored_images
+from fid import read_statistics, stored_images
 from images import read_rgb
 from log import read_log
 
@@ -72,7 +72,7 @@ def png(path):
 
 
 def read_ref(path):
-    return read_statistics(str(path)) if is_statistics(str(path)) else list(stored_images(str(path), 4))
+    return read_statistics(str(path))[0] or list(stored_images(str(path), 4))
 
 
 KINDS = {"data.npz": (npz, lambda path: open_dataset(f"npz:{path}")), "reference.npz": (reference, read_ref),
