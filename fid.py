@@ -26,7 +26,7 @@ from config import SamplerFlags, UserError, command_line, read_flags, setting
 class Options(SamplerFlags):
     ckpt: str = setting("", "score images drawn from this model: a run or a file, as for sample.py", "images")
     images: str = setting("", "score these images instead: folder:PATH, or an .npz of uint8 images")
-    num: int = setting(10000, "number of images to draw; published FIDs use 50000", least=2)
+    num: int = setting(10000, "number of images to draw; published FIDs use 50000", least=4)
     seed: int = setting(0, "draw the seeds from seed * num to (seed + 1) * num - 1", least=0)
     ref: str = setting("", "compare with these: statistics (.npz), or images as for --images", "comparison")
     data: str = setting("", "for FD-NAME, the real images, as for train.py; empty: the model's training data")
@@ -105,9 +105,6 @@ def kernel_distance(a, b, size=1000, subsets=100):
 
 def precision_recall(fake, real, k=3):
     """Share of `fake` rows within the k-th-neighbour balls of `real` rows, and the reverse."""
-    if min(len(fake), len(real)) <= k:
-        raise UserError(f"precision and recall need more than {k} images in each set")
-
     def covered(points, centres):
         parts = [torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)]
         radius = torch.cat(parts)               # k + 1, as each is its own first neighbour
@@ -161,8 +158,6 @@ class Statistics:
             setattr(self, name, merged)
 
     def moments(self, name="pool"):
-        if self.n < 2:
-            raise UserError(f"a set of {self.n} images has no covariance: compare more images")
         mean = self.totals[name] / self.n
         return Moments(mean, (self.squares[name] - self.n * mean[:, None] * mean) / (self.n - 1))
 
@@ -181,14 +176,15 @@ class Statistics:
 
 def collect(batches, count, features, keep=False, what="images"):
     """Statistics of (first, uint8 images[, y]) batches, over all processes. count: the number of images, if
-    known; what: the title of the bar."""
+    known; what: the title of the bar. UserError: fewer than four images, too few for three neighbours."""
     result, (rank, world) = Statistics(keep), rank_and_world()
-    bar = tqdm(total=count, unit="image", disable=rank > 0, desc=what)
-    for first, images, *y in batches:
-        result.add(first, features(images), *y)
-        bar.update(len(images) * world)
-    bar.close()
+    with tqdm(total=count, unit="image", disable=rank > 0, desc=what) as bar:
+        for first, images, *y in batches:
+            result.add(first, features(images), *y)
+            bar.update(len(images) * world)
     result.merge()
+    if result.n < 4:
+        raise UserError(f"{what}: {result.n} are too few, give at least 4")
     return result
 
 
@@ -299,7 +295,7 @@ def inception_reference(options, features, keep):
     if moments and not keep:
         return moments, None, provenance
     images = stored_images(options.ref, options.batch_size)
-    real = collect(images, None, features, keep, "reference")
+    real = collect(images, None, features, keep, "reference images")
     return moments or real.moments(), real.rows if keep else None, provenance
 
 
@@ -363,7 +359,7 @@ def evaluate(options):
         features, data = open_classifier(options, model, name)
         num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
         real = collect(stream_images(data, 0, num, batch_size), num, features, what="real images")
-        floor = collect(stream_images(data, num, num, batch_size), num, features, what="floor")
+        floor = collect(stream_images(data, num, num, batch_size), num, features, what="images for the floor")
     if model:
         seeds = range(options.seed * num, (options.seed + 1) * num)
         drawn = generate(model, seeds, batch_size, *rank_and_world(), **options.given())

@@ -378,7 +378,7 @@ FORBIDDEN = ["data.open_dataset", "checkpoint.load_model", "features.Inception",
     ("sample.py", "--ckpt hf://user/repo --out file/x.png", "cannot write into file"),
     ("fid.py", "--ckpt hf://user/repo --ref nowhere.npz", "no images at nowhere.npz"),
     ("fid.py", "--images folder:nowhere --ref folder:images", "no images at nowhere"),
-    ("fid.py", "--ckpt hf://user/repo --num 1", "num is 1; it must be finite and from 2"),
+    ("fid.py", "--ckpt hf://user/repo --num 1", "num is 1; it must be finite and from 4"),
     ("fid.py", "--stats folder:nowhere", "no images at nowhere"),
     ("fid.py", "--stats folder:images --out file/x.npz", "cannot write into file"),
     ("extras/latents.py", "encode --data folder:images --out file/x", "cannot write into file/x")])

@@ -90,7 +90,7 @@ def commands():
             line = re.sub(r" -m extras\.(\w+)", r" extras/\1.py", line)
             match = re.search(r"\b(python|torchrun)\b([^#&]*?) ([\w/]+\.py)\b([^#&]*)", line)
             if match:
-                words = [re.sub("^[A-Z]+$", "2", word) for word in shlex.split(match[4])]
+                words = [re.sub("^[A-Z]+$", "4", word) for word in shlex.split(match[4])]
                 found.append((path.name, match[2], match[3], words))
     return found
 

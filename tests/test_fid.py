@@ -357,9 +357,11 @@ def test_weights_that_are_none_are_named(tmp_path):
         features.inception_weights(str(tmp_path / "broken.pth"))
 
 
-def test_precision_needs_more_images_than_neighbours():
-    with pytest.raises(ValueError, match="more than 3 images"):
-        precision_recall(torch.rand(3, 2), torch.rand(30, 2))
+def test_every_set_has_more_images_than_neighbours():
+    image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="real images: 3 are too few, give at least 4"):
+        fid.collect([(k, image) for k in range(3)], 3, StandIn(), what="real images")
+    assert fid.collect([(k, image) for k in range(4)], 4, StandIn()).n == 4
 
 
 class Features:
