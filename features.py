@@ -19,7 +19,6 @@ from engine import as_one_error, atomic_write, locked
 ASSETS = Path(__file__).parent / "assets"
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")
-RESIZE = "torch-fidelity"       # the rule of resize_matrix, as reference files record it
 
 
 # ---- Inception ----------------------------------------------------------------------------------------

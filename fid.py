@@ -64,7 +64,7 @@ from tqdm import tqdm
 from data import TORCHVISION, open_dataset, to_uint8
 from engine import (as_one_error, check_writable, gather, init_distributed, leave_distributed, pick_device,
                     print0, rank_and_world, rank_batches, run)
-from features import RESIZE, Inception, file_hash, shipped, small_features, train_features
+from features import Inception, file_hash, shipped, small_features, train_features
 from images import check_unreadable, find_images, listed, read_batch, read_rgb
 from sample import generate, open_pipeline, save_arrays
 
@@ -289,9 +289,9 @@ def inception_reference(options, features, keep):
     """(Moments, features, provenance) of --ref: its features are (N, 2048) if keep, else None; the provenance
     is that of its statistics, or None. A file of ADM has both images and statistics."""
     moments, provenance = read_statistics(options.ref)
-    for key, mine in (("weights", features.hash), ("resize", RESIZE)):
-        if provenance and provenance.get(key, mine) != mine:
-            raise UserError(f"{options.ref} has {key} {provenance[key]}, not {mine}: make it with --stats")
+    if provenance and provenance.get("weights") != features.hash:
+        raise UserError(f"{options.ref} has weights {provenance.get('weights')}, not {features.hash}: "
+                        "make it with --stats")
     if moments and not keep:
         return moments, None, provenance
     images = stored_images(options.ref, options.batch_size)
@@ -377,7 +377,7 @@ def evaluate(options):
                "ref_made": provenance, "features": f"{name} {features.hash}", "uint8": "clamp(127.5 x + 128)",
                "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}}
     if name == "inception":
-        result["resize"] = RESIZE
+        result["resize"] = "torch-fidelity"     # the rule of features.resize_matrix
     if model:
         result |= {"seeds": [seeds[0], seeds[-1]], "ckpt": str(options.ckpt), "dtype": str(model.dtype)[6:],
                    "device": str(device), "NFE": nfe,
@@ -392,7 +392,7 @@ def write_statistics(options):
     features = Inception(options.weights).to(pick_device(options.device))
     found = collect(stored_images(options.stats, options.batch_size), None, features)
     mean, covariance = found.moments()
-    made = json.dumps({"n": found.n, "source": options.stats, "resize": RESIZE, "weights": features.hash})
+    made = json.dumps({"n": found.n, "source": options.stats, "weights": features.hash})
     if rank_and_world()[0] == 0:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         save_arrays(options.out, made=made, mu=mean.numpy(), sigma=covariance.numpy())

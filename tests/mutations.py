@@ -276,7 +276,7 @@ CHANGES = [
      "x.view(count, *shape[1:]).permute(0, 3, 2, 1)"),
     ("fid.py", "np.arange(first, min(first + batch_size, num))", "np.arange(first, first + batch_size)"),
     # scores
-    ("fid.py", '("weights", features.hash), ("resize", RESIZE)', '("weights", features.hash),'),
+    ("fid.py", 'if provenance and provenance.get("weights") != features.hash:', "if False:"),
     ("fid.py", "frechet(floor.moments(features), real.moments(features))",
      "frechet(fake.moments(features), floor.moments(features))"),
     ("fid.py", '"accuracy": fake.right / fake.n, "real_accuracy": real.right / real.n',

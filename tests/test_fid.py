@@ -368,14 +368,11 @@ class Features:
     hash = "mine"
 
 
-@pytest.mark.parametrize("provenance, named", [
-    ({"weights": "other", "resize": "torch-fidelity"}, "weights other, not mine"),
-    ({"weights": "mine", "resize": "pytorch-fid"}, "resize pytorch-fid, not torch-fidelity")])
-def test_a_reference_of_other_features_is_refused(tmp_path, provenance, named, capsys):
+def test_a_reference_of_other_features_is_refused(tmp_path, capsys):
     file = str(tmp_path / "ref.npz")
-    np.savez(file, mu=np.zeros(3), sigma=np.eye(3), made=json.dumps(provenance))
+    np.savez(file, mu=np.zeros(3), sigma=np.eye(3), made=json.dumps({"weights": "other"}))
     options, features = fid.Options(ref=file), Features()
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match="weights other, not mine"):
         fid.inception_reference(options, features, False)
     np.savez(file, mu=np.zeros(3), sigma=np.eye(3))
     fid.inception_reference(options, features, False)
