@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shlex
 import signal
 import subprocess
@@ -199,10 +200,6 @@ def peak_memory(device):
     """The peak memory in GiB of the GPU's allocator, or on a CPU of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:             # Windows
-        return 0.0
     unit = 1 if sys.platform == "darwin" else 2**10     # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
