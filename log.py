@@ -145,12 +145,11 @@ def ticking(bar, on):
 def next_commands(config):
     """The commands that continue from here, with the flags that this run had."""
     line = f"images and model are in {config.out}. Next: python sample.py --ckpt {shlex.quote(config.out)}"
-    base, _, kind = config.recipe.rpartition("-")
-    name, count = (f"{base}-one", "one step") if kind == "few" else (f"{config.recipe}-few", "two steps")
-    row = RECIPES.get(name, {})
-    if row.get("init_from") != f"runs/{config.recipe}" or bool(config.lam) != (kind == "few"):
+    name = next((name for name, row in RECIPES.items() if row.get("init_from") == f"runs/{config.recipe}"
+                 and row.get("distil", False) == bool(config.lam)), None)
+    if not name:
         return line
-    more = Config(**row, recipe=name)
+    more = Config(**RECIPES[name], recipe=name)
     names = ("data", "labels", "image_size", "model", "transport")
     start = {"init_from": config.out, **{key: getattr(config, key) for key in names}}
     flags = [f"--{key} {shlex.quote(text_of(value))}" for key, value in start.items()
@@ -159,6 +158,7 @@ def next_commands(config):
         flags.append("--x_pred" if config.x_pred else "--no-x_pred")
     if config.out != f"runs/{config.recipe}":
         flags.append(f"--out {shlex.quote(config.out + name[-4:])}")
+    count = "one step" if more.distil else "two steps"
     return f"{line}, or fine-tune it to {count}: python train.py --recipe " + " ".join([name, *flags])
 
 

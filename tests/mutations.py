@@ -315,7 +315,7 @@ CHANGES = [
     ("log.py", "loss / count if count else None, ", "loss / max(count, 1), "),
     ("log.py", '"labels", "image_size", "model"', '"image_size", "model"'),
     ("log.py", 'if config.out != f"runs/{config.recipe}":', 'if config.out == f"runs/{config.recipe}":'),
-    ("log.py", 'bool(config.lam) != (kind == "few")', "config.lam"),
+    ("log.py", 'row.get("distil", False) == bool(config.lam)', "not config.lam"),
     ("log.py", "    if not saved:\n", "    if not saved and not stop:\n"),
     ("log.py", '"fc-vs-fe": 2}', '"fc-vs-fe": 1}'),
     ("log.py", "[objective.style] * (objective.zeta > 0)", "[objective.style]"),
