@@ -49,6 +49,7 @@ class Muon(torch.optim.AdamW):
         for name, p in net.named_parameters():
             if p.ndim == 2 and name.startswith("blocks.") and "adaLN" not in name:
                 self.matrices[p.shape].append(p)
+                self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -58,9 +59,6 @@ class Muon(torch.optim.AdamW):
             weights = [weight for weight in weights if weight.grad is not None]
             if not weights:
                 continue
-            for weight in weights:
-                if not self.state[weight]:
-                    self.state[weight]["momentum"] = torch.zeros_like(weight)
             momenta = [self.state[weight]["momentum"] for weight in weights]
             gradients = torch.where(keep > 0, torch.stack([w.grad for w in weights]), torch.stack(momenta))
             torch._foreach_lerp_(momenta, gradients.unbind(), 0.05)
