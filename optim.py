@@ -162,7 +162,6 @@ class Skipped:
     def __init__(self, device):
         # skipped since the last report; skipped in a row; largest t of a loss that was not finite, or -1
         self.counts = torch.tensor([0.0, 0.0, -1.0], device=device)
-        self.in_a_row = 0               # as of the last report
 
     def note(self, loss, t):
         """Remember the times t (B,) at which the loss (B,) is not finite."""
@@ -173,17 +172,15 @@ class Skipped:
         self.counts[1] = (self.counts[1] + 1) * ~finite
 
     def report(self, step, group, tell):
-        """The number since the last report; tell(line) about them."""
-        lost, self.in_a_row, bad_t = self.counts.tolist()
+        """The number since the last report; tell(line) about them. UserError: too many in a row."""
+        lost, in_a_row, bad_t = self.counts.tolist()
         self.counts[0], self.counts[2] = 0, -1
         if lost:
             times = enumerate(gather(bad_t, group))
             seen = ", ".join(f"t = {t:.3f} on process {rank}" for rank, t in times if t >= 0)
             what = f"the loss, at times up to {seen}," if seen else "the gradient"
             tell(f"step {step}: {lost:.0f} steps skipped: {what} is not finite")
-        return int(lost)
-
-    def check(self, step):
-        if self.in_a_row >= MAX_SKIPPED:
-            raise UserError(f"{self.in_a_row:.0f} steps up to step {step} were not finite: check the data "
+        if in_a_row >= MAX_SKIPPED:
+            raise UserError(f"{in_a_row:.0f} steps up to step {step} were not finite: check the data "
                             "or lower --lr, and resume with --allow_change")
+        return int(lost)

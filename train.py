@@ -364,7 +364,6 @@ def main(config):                                                               
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
                 clock, clock_step, waited = time.perf_counter(), done, 0.0
                 log.write(line)
-                skipped.check(done)
 
     log.close()
     last_words(config, stop, step, start_step, saved)

@@ -54,7 +54,6 @@ CHANGES = [
     ("train.py", "                clock, clock_step, waited = time.perf_counter(), done, 0.0\n",
      "                clock, clock_step = time.perf_counter(), done\n"),
     ("train.py", '"lr": learning_rate(config, step)', '"lr": learning_rate(config, done)'),
-    ("train.py", "                skipped.check(done)\n", ""),
 
     # ---- engine.py: processes, device and precision
     ("engine.py", "sys.exit(2)", "sys.exit(1)"),
@@ -331,7 +330,8 @@ CHANGES = [
     ("optim.py", 'largest or float("inf")', "largest"),
     ("optim.py", "self.counts[1] = (self.counts[1] + 1) * ~finite", "self.counts[1] += ~finite"),
     ("optim.py", "self.counts[0], self.counts[2] = 0, -1", "self.counts[2] = -1"),
-    ("optim.py", "self.in_a_row >= MAX_SKIPPED", "self.in_a_row > MAX_SKIPPED"),
+    ("optim.py", "if in_a_row >= MAX_SKIPPED", "if in_a_row > MAX_SKIPPED"),
+    ("optim.py", "if in_a_row >= MAX_SKIPPED", "if False"),
     ("optim.py", "(step + 1) / max(1, config.warmup)", "step / max(1, config.warmup)"),
     ("optim.py", "max(1, config.warmdown * config.steps)", "max(1, config.steps)"),
     ("optim.py", "    decay = min(decay, (1 + step) / (10 + step))\n", ""),

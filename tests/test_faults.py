@@ -222,20 +222,17 @@ def test_skipped_steps_count_in_a_row():
     good, bad = torch.tensor(True), torch.tensor(False)
     for finite in [bad] * 60 + [good] + [bad] * 60:
         skipped.add(finite)
-    assert skipped.report(121, None, told.append) == 120 and skipped.in_a_row == 60
-    skipped.check(121)
+    assert skipped.report(121, None, told.append) == 120
     for _ in range(39):
         skipped.add(bad)
-    assert skipped.report(160, None, told.append) == 39
-    skipped.check(160)                                      # 99
+    assert skipped.report(160, None, told.append) == 39     # 99 in a row
     skipped.note(torch.tensor([1.0, float("nan"), 2.0]), torch.tensor([0.9, 0.4, 0.1]))
     skipped.add(bad)
-    assert skipped.report(161, None, told.append) == 1 and "t = 0.400 on process 0" in told[-1]
     with pytest.raises(UserError, match="100 steps up to step 161"):
-        skipped.check(161)
+        skipped.report(161, None, told.append)
+    assert "1 steps skipped" in told[-1] and "t = 0.400 on process 0" in told[-1]
     skipped.add(good)
     assert skipped.report(162, None, told.append) == 0 and len(told) == 3
-    skipped.check(162)
 
 
 def test_a_run_whose_end_is_not_on_disk_says_so(capsys, monkeypatch):
