@@ -99,8 +99,7 @@ def learning_rate(config, step):
     """Linear warm-up, a plateau, then half a cosine down to 0 over the last fraction of the run."""
     up = min(1, (step + 1) / max(1, config.warmup))
     left = min(1, (config.steps - step) / max(1, config.warmdown * config.steps))
-    down = 0.5 - 0.5 * math.cos(math.pi * left) if config.warmdown else 1
-    return config.lr * up * down
+    return config.lr * up * (0.5 - 0.5 * math.cos(math.pi * left))
 
 
 def can_capture(optimizer):

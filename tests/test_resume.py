@@ -272,4 +272,4 @@ def test_the_learning_rate_rises_stays_and_falls():
     expected += [0.2 * (1 - math.cos(math.pi * (100 - step) / 50)) for step in range(50, 101)]
     assert found == pytest.approx(expected) and found[100] == 0
     constant = Config(lr=0.4, warmup=0, warmdown=0, steps=100)
-    assert {learning_rate(constant, step) for step in range(101)} == {0.4}
+    assert {learning_rate(constant, step) for step in range(100)} == {0.4}
