@@ -270,19 +270,22 @@ def read_statistics(source):
 
 # ---- scores -------------------------------------------------------------------------------------------
 
-def pick_features(options, model):
-    """inception, or the NAME of a classifier. UserError if it is not clear what to compare."""
+def pick_features(options, source):
+    """inception, or the NAME of a classifier. source: the real images. UserError if it is not clear what to
+    compare."""
     if bool(options.ckpt) == bool(options.images):
         raise UserError("which images? give either --ckpt RUN or --images folder:PATH")
-    name, _, path = (options.data or (model.config.data if model else "")).partition(":")
-    if not options.ref and (options.images or options.features == "inception" or name == "latents"):
+    if options.ref:
+        if options.effnet or options.features not in ("", "inception"):
+            raise UserError("--effnet and --features NAME compare --ckpt with --data: leave --ref out")
+        return "inception"
+    name, _, path = source.partition(":")
+    if options.images or options.features == "inception" or name == "latents":
         raise UserError("compare with what? give --ref, such as in1k256_fid_ref.npz or folder:real")
-    if options.ref and (options.effnet or options.features not in ("", "inception")):
-        raise UserError("--effnet and --features NAME compare --ckpt with --data: leave --ref out")
     stem, kinds = Path(path).stem, ("shapes", *TORCHVISION)
     if name not in kinds:           # name it after the folder or file, but never as one of these
         name = f"{name}-{stem}" if stem in kinds else stem
-    return options.features or ("inception" if options.ref else name)
+    return options.features or name
 
 
 def inception_reference(options, features, keep):
@@ -325,9 +328,8 @@ def classifier_scores(name, fake, real, floor, labelled=True):
     return values
 
 
-def open_classifier(options, model, name):
+def open_classifier(options, model, source, name):
     """(features, the real images) for FD-NAME."""
-    source = options.data or model.config.data
     size = model.shape[-1] if source.startswith(("shapes", "folder:", "hf:")) else None
     folder = options.ckpt if Path(options.ckpt).is_dir() else Path.home() / ".cache" / "nanoucgm"
     open_stream = partial(open_dataset, source, size, cache=folder)
@@ -346,17 +348,16 @@ def evaluate(options):
         raise UserError(f"unknown metrics {', '.join(sorted(wrong))}; use some of fid,is,kid,pr")
     for source in filter(None, (options.images, options.ref)):
         stored_path(source)         # before anything is downloaded or trained
-    model, nfe = None, None
+    model, source = None, options.ref or options.data
     if options.ckpt:
         model = open_pipeline(options.ckpt, device, options.dtype, graph=True)
-        nfe = model.nfe(**options.given())
-    name, keep, provenance = pick_features(options, model), "kid" in metrics or "pr" in metrics, None
-    source = options.ref or options.data or model.config.data
+        nfe, source = model.nfe(**options.given()), source or model.config.data
+    name, keep, provenance = pick_features(options, source), "kid" in metrics or "pr" in metrics, None
     if name == "inception":
         features = Inception(options.weights).to(device)
         moments, rows, provenance = inception_reference(options, features, keep)
     else:
-        features, data = open_classifier(options, model, name)
+        features, data = open_classifier(options, model, source, name)
         num = min(num, len(data) // 2) if hasattr(data, "__len__") else num
         real = collect(stream_images(data, 0, num, batch_size), num, features, what="real images")
         floor = collect(stream_images(data, num, num, batch_size), num, features, what="images for the floor")

@@ -303,7 +303,7 @@ def test_the_independent_metric(capsys):
     ("npz:x/avatars64.npz", "avatars64")])
 def test_the_shipped_features_belong_to_their_own_data(data, name):
     """Wherever these lie; a folder or a file that has the same name is another set."""
-    assert fid.pick_features(Options(ckpt="x", data=data), None) == name
+    assert fid.pick_features(Options(ckpt="x"), data) == name
 
 
 def test_few_images_are_said(capsys):

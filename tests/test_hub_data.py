@@ -157,7 +157,7 @@ def test_scores_open_it_at_the_size_of_the_model(monkeypatch):
     to_set(pictures_of()).save_to_disk("set")
     monkeypatch.setattr(fid, "small_features", lambda *given: None)
     model = SimpleNamespace(shape=(3, 16, 16), config=SimpleNamespace(data="hf:set", labels="all"))
-    assert fid.open_classifier(fid.Options(), model, "hf")[1].shape == model.shape
+    assert fid.open_classifier(fid.Options(), model, model.config.data, "hf")[1].shape == model.shape
 
 
 def test_a_damaged_image_is_named_and_left_out(capsys):
