@@ -40,6 +40,7 @@ def repool(block, rule):
 class Inception(nn.Module):
     """The network of FID: torchvision's Inception v3 with the original TensorFlow weights. Its
     average pools ignore the padding, its last block has a max pool, and it has 1,008 classes."""
+    width = 2048                    # the number of features
 
     def __init__(self, weights=""):
         super().__init__()

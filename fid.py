@@ -77,9 +77,6 @@ class Moments(NamedTuple):
 
 def frechet(a, b):
     """Squared Frechet distance between two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
-    if a.mean.shape != b.mean.shape:
-        raise UserError(f"features of width {len(a.mean)} against a reference of width {len(b.mean)}")
-
     def factor(covariance):
         values, vectors = torch.linalg.eigh(covariance)
         kept = values > 1e-14 * values[-1]
@@ -251,9 +248,9 @@ def stream_images(data, start, num, batch_size):
         yield first, to_uint8(x), y
 
 
-def read_statistics(source):
+def read_statistics(source, width):
     """(Moments, provenance: how they were made, or {}) of an .npz as --stats, pytorch-fid or ADM write it;
-    (None, None) of one without statistics, and of a folder."""
+    (None, None) of one without statistics, and of a folder. width: the number of features expected."""
     path = stored_path(source)
     if path.is_dir():
         return None, None
@@ -262,8 +259,9 @@ def read_statistics(source):
             return None, None
         mean, covariance = (torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
         provenance = json.loads(str(file["made"])) if "made" in file else {}
-    if covariance.shape != 2 * mean.shape or not (mean.sum() + covariance.sum()).isfinite():
-        raise UserError(f"{path}: mu and sigma are not a finite mean and covariance")
+    shapes, is_finite = (mean.shape, covariance.shape), (mean.sum() + covariance.sum()).isfinite()
+    if shapes != ((width,), (width, width)) or not is_finite:
+        raise UserError(f"{path}: mu and sigma are not a finite mean and covariance of {width} features")
     print0(f"{path}: statistics,", json.dumps(provenance) if provenance else "it does not say which weights")
     return Moments(mean, covariance), provenance
 
@@ -291,7 +289,7 @@ def pick_features(options, source):
 def inception_reference(options, features, keep):
     """(Moments, features, provenance) of --ref: its features are (N, 2048) if keep, else None; the provenance
     is that of its statistics, or None. A file of ADM has both images and statistics."""
-    moments, provenance = read_statistics(options.ref)
+    moments, provenance = read_statistics(options.ref, features.width)
     if provenance and provenance.get("weights") != features.hash:
         raise UserError(f"{options.ref} has weights {provenance.get('weights')}, not {features.hash}: "
                         "make it with --stats")

@@ -72,7 +72,7 @@ def png(path):
 
 
 def read_ref(path):
-    return read_statistics(str(path))[0] or list(stored_images(str(path), 4))
+    return read_statistics(str(path), 4)[0] or list(stored_images(str(path), 4))
 
 
 KINDS = {"data.npz": (npz, lambda path: open_dataset(f"npz:{path}")), "reference.npz": (reference, read_ref),
