@@ -220,51 +220,46 @@ READERS = {str: (expand_home, "TEXT"), int: (whole, "N"), float: (float, "X"), t
            float | str: (number_or_word, "X")}
 
 
-def fail(message):
-    raise UserError(message)
-
-
-# Flags of other programs, and what to use here.
-FOREIGN = {"resume": "the same command resumes by itself", "workers": "on a GPU four workers read the images",
-           "num_workers": "on a GPU four workers read the images", "learning_rate": "--lr",
-           "epochs": "--steps", "max_steps": "--steps", "num_steps": "--steps", "nfe": "--steps",
-           "wandb": "--report_to wandb", "tensorboard": "--report_to tensorboard", "bf16": "--dtype bfloat16",
-           "guidance": "--cfg_scale", "guidance_scale": "--cfg_scale", "cfg": "--cfg_scale",
-           "output_dir": "--out", "output": "--out", "num_images": "--num", "num_samples": "--num",
-           "model_name": "--model", "checkpoint": "--ckpt", "dataset": "--data", "data_dir": "--data",
-           "resolution": "--image_size"}
+# What to type in place of other programs' flags, which stand to the right.
+FOREIGN = {"use --steps": "epochs max_steps num_steps nfe", "use --num": "num_images num_samples",
+           "use --cfg_scale": "guidance guidance_scale cfg", "use --out": "output output_dir",
+           "use --data": "dataset data_dir", "use --image_size": "resolution", "use --lr": "learning_rate",
+           "use --model": "model_name", "use --ckpt": "checkpoint", "use --dtype bfloat16": "bf16",
+           "use --report_to wandb": "wandb", "use --report_to tensorboard": "tensorboard",
+           "the same command resumes by itself": "resume",
+           "on a GPU four workers read the images": "workers num_workers"}
 
 
 def unknown(word, flags):
     """The message for a word that no flag takes."""
-    if word.startswith("-"):
-        name = word.lstrip("-").replace("-", "_")
-        if f"--{name}" in flags:
-            return f"unknown flag {word}: write --{name}"
-        if name.startswith("no_") and f"--{name[3:]}" in flags:
-            return f"unknown flag {word}: write --no-{name[3:]}"
-        ours = FOREIGN.get(name, "")
-        if ours.split(" ")[0] in flags:
-            return f"unknown flag {word}: use {ours}"
-        if ours and not ours.startswith("--"):
-            return f"unknown flag {word}: {ours}"
-        return f"unknown flag {word}; nearest: {nearest(word, flags)}"
-    meant = f"such as --recipe {word}" if word in RECIPES else "and --FLAG or --no-FLAG for yes and no"
-    if "--ckpt" in flags and os.path.exists(word):
-        meant = f"such as --ckpt {word}"
-    return f"unexpected argument {word!r}: write --FLAG VALUE, {meant}"
+    if not word.startswith("-"):
+        flag = "--recipe" if word in RECIPES else "--ckpt" if os.path.exists(word) else ""
+        meant = f"such as {flag} {word}" if flag in flags else "and --FLAG or --no-FLAG for yes and no"
+        return f"unexpected argument {word!r}: write --FLAG VALUE, {meant}"
+    name = word.lstrip("-").replace("-", "_")
+    spellings = {flag.replace("-", "_"): flag for f in flags for flag in (f, f"--no-{f[2:]}")}
+    if flag := spellings.get(f"__{name}"):
+        return f"unknown flag {word}: write {flag}"
+    for hint, names in FOREIGN.items():
+        if name in names.split() and set(re.findall(r"--\w+", hint)) <= set(flags):
+            return f"unknown flag {word}: {hint}"
+    return f"unknown flag {word}; nearest: {nearest(word, flags)}"
 
 
-def read_flags(options, argv, doc, row=None, epilog=""):
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a mistake is a UserError."""
+
+    def error(self, message):
+        message = message.replace("ignored explicit argument", "takes no value:")
+        raise UserError(f"{message}; {self.prog} -h lists the flags")
+
+
+def read_flags(options, argv, doc, epilog="", **row):
     """The flags given in argv, as a dict. Flags are the fields of the dataclass `options` that have help. -h
-    prints doc, each flag with its default, and epilog. row: a function from the flags to the recipe's row."""
-    parser = argparse.ArgumentParser(description=doc, epilog=epilog, usage="%(prog)s [--FLAG VALUE ...]",
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     add_help=False)
-    parser.error = lambda message: fail(f"{message.replace('ignored explicit argument', 'takes no value:')}; "
-                                        f"{parser.prog} -h lists the flags")
-    parser.add_argument("-h", "--help", action="store_true", help="print this")
-    flags, group, actions = [f for f in fields(options) if "help" in f.metadata], parser, {}
+    prints doc, each flag with its value in row, or else its default, and epilog."""
+    parser = Parser(description=doc, epilog=epilog, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags, group = [f for f in fields(options) if "help" in f.metadata], parser
     for f in flags:
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
@@ -275,37 +270,32 @@ def read_flags(options, argv, doc, row=None, epilog=""):
         usual = getattr(Config, f.name, f.default)      # of sample.py's flags the default is None
         if base is tuple and len(usual) > 1:
             how["metavar"] = ",".join("X" * len(usual))
-        actions[f] = group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how)
+        value = text_of(row.get(f.name, f.default))
+        shown = "" if value in ("", "None", "False") else f" [{value}]"
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **how)
     given, rest = parser.parse_known_args(argv)
-    given = vars(given)
-    wants_help, chosen = given.pop("help"), row(given) if row else {}
-    if wants_help:
-        for f, action in actions.items():
-            default = text_of(chosen.get(f.name, f.default))
-            shown = "" if default in ("", "None", "False") else f" [{default}]"
-            action.help = f.metadata["help"].replace("%", "%%") + shown
-        parser.print_help()
-        sys.exit()
     if rest:
-        fail(unknown(rest[0].split("=")[0], [f"--{f.name}" for f in flags]))
-    check_settings(options(**given))
-    return given
+        parser.error(unknown(rest[0].split("=")[0], [f"--{f.name}" for f in flags]))
+    check_settings(options(**vars(given)))
+    return vars(given)
 
 
 def recipe_row(name):
     if name not in RECIPES:
-        fail(f"unknown recipe {name!r}; nearest: {nearest(name, RECIPES)}")
+        raise UserError(f"unknown recipe {name!r}; nearest: {nearest(name, RECIPES)}")
     return RECIPES[name]
 
 
 def read_config(argv, doc):
     """The Config of a command line: defaults, then the recipe, then the flags given."""
+    first = Parser(add_help=False, allow_abbrev=False)      # -h shows the values of the recipe
+    first.add_argument("--recipe", default=Config.recipe)
+    name = first.parse_known_args(argv)[0].recipe
+    row = recipe_row(name)
     epilog = "in brackets: the recipe's value, used unless the flag is given\n\nrecipes:\n"
-    epilog += "\n".join(f"  {name:18}{row['about']}" for name, row in RECIPES.items())
-    row = lambda given: recipe_row(given.get("recipe", Config.recipe))
-    given = read_flags(Config, argv, doc, row, epilog)
-    name = given.get("recipe", Config.recipe)
-    return Config(**recipe_row(name) | given | dict(recipe=name, out=given.get("out") or f"runs/{name}"))
+    epilog += "\n".join(f"  {other:18}{settings['about']}" for other, settings in RECIPES.items())
+    given = read_flags(Config, argv, doc, epilog, **row)
+    return Config(**row | given | dict(recipe=name, out=given.get("out") or f"runs/{name}"))
 
 
 def command_line(read, *more):

@@ -106,9 +106,9 @@ CHANGES = [
     ("config.py", "MAY_DIFFER if before.fingerprint else MAY_DIFFER |", "MAY_DIFFER |"),
     # the command line
     ("config.py", r'r"(?<![^:=])~(?=/|$)"', r'r"^~(?=/|$)"'),
-    ("config.py", "allow_abbrev=False", "allow_abbrev=True"),
-    ("config.py", "    check_settings(options(**given))\n", ""),
-    ("config.py", "recipe_row(name) | given | dict(", "given | recipe_row(name) | dict("),
+    ("config.py", '...]", allow_abbrev=False', '...]", allow_abbrev=True'),
+    ("config.py", "    check_settings(options(**vars(given)))\n", ""),
+    ("config.py", "row | given | dict(", "given | row | dict("),
     ("config.py", 'given.get("out") or f"runs/{name}"', 'given.get("out") or f"runs/{Config.recipe}"'),
     ("config.py", "sys.exit(2)", "sys.exit(0)"),
 
