@@ -210,13 +210,8 @@ def expand_home(text):
     return re.sub(r"(?<![^:=])~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
 
-def whole(text):
-    """An integer, which may be written as 1e4."""
-    return int(float(text)) if "e" in text.lower() and float(text).is_integer() else int(text)
-
-
 # The type of a field: what parses its flag, and how -h shows the value.
-READERS = {str: (expand_home, "TEXT"), int: (whole, "N"), float: (float, "X"), tuple: (numbers, "X,X"),
+READERS = {str: (expand_home, "TEXT"), int: (int, "N"), float: (float, "X"), tuple: (numbers, "X,X"),
            float | str: (number_or_word, "X")}
 
 

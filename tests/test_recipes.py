@@ -32,7 +32,6 @@ def test_defaults_then_recipe_then_flags():
     few = read_config(flags.split(), "")
     assert few.lam == RECIPES["shapes-few"]["lam"] == 1 and few.out == "runs/shapes-few"
     assert (few.lr, few.time_beta, few.kappa, few.exact, few.x_pred) == (0, (0.5, 0.6, 1), 0.3, True, False)
-    assert read_config(["--steps", "1e4"], "").steps == 10_000
     assert read_config(["--seed", f"{2**62 + 1}"], "").seed == 2**62 + 1
     assert read_config(["--kappa", "auto"], "").kappa == "auto" and read_config(["--out", "x"], "").out == "x"
     given = ([], ["--compile"], ["--no-compile"])
