@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
+from config import UserError, command_line
 
 UMASK = os.umask(0)
 os.umask(UMASK)     # the only way to read it is to set it
@@ -38,10 +38,7 @@ def run(script):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
     try:
-        script()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        command_line(lambda flags: script())
     except Exception:
         if rank_and_world()[1] == 1:
             raise
