@@ -332,17 +332,14 @@ def claim_folder(out):
     return lock
 
 
-@contextlib.contextmanager
 def locked(folder):
-    """One process at a time works inside; the others then find what it made. A folder that cannot be written,
-    or None, is not locked."""
+    """A context in which one process at a time works; the others then find what it made. A folder that cannot
+    be written, or None, is not locked."""
     with contextlib.suppress(OSError):          # whoever writes there will report it
         Path(folder or "").mkdir(parents=True, exist_ok=True)
     if folder and os.access(folder, os.W_OK):
-        with filelock.FileLock(Path(folder) / ".lock-data"):
-            yield
-    else:
-        yield
+        return filelock.FileLock(Path(folder) / ".lock-data")
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
