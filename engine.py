@@ -92,16 +92,16 @@ def leave_distributed():
         dist.destroy_process_group()
 
 
-def gather(value, group):
-    """A list of the values of all processes, in every process."""
-    if group is None:
+def gather(value, group=None):
+    """A list of the values of all processes, in every process. group: of init_distributed, or the default."""
+    if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def from_rank0(make, group):
+def from_rank0(make, group=None):
     """What make() returns on process 0, in every process."""
     return gather(make() if rank_and_world()[0] == 0 else None, group)[0]
 

@@ -58,7 +58,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data import TORCHVISION, open_dataset, to_uint8
@@ -146,7 +145,7 @@ class Statistics:
 
     def merge(self):
         """Make these the statistics of all processes."""
-        parts = gather(vars(self), dist.group.WORLD if dist.is_initialized() else None)
+        parts = gather(vars(self))
         self.n, self.right = (sum(part[name] for part in parts) for name in ("n", "right"))
         for name in ("totals", "squares", "chunks", "parts"):
             merged = type(vars(self)[name])()

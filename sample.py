@@ -106,8 +106,7 @@ def open_pipeline(path, device, dtype="auto", recipe="", vae="", graph=False):
     if vae:
         from extras.latents import Autoencoder
         decode = Autoencoder(vae, config.latent_mean, config.latent_std).to(device).decode
-    group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
-    dtype = from_rank0(lambda: pick_dtype(dtype, device), group)        # measured, so processes might differ
+    dtype = from_rank0(lambda: pick_dtype(dtype, device))               # measured, so processes might differ
     return Pipeline(net, config, names, device, dtype, decode)
 
 
@@ -155,7 +154,6 @@ def draw_page(pipeline, seeds, options, classes, columns, titles):
             columns, titles = len(seen), list(seen)
             seen_x = torch.stack(list(seen.values()), 1)                            # (B, columns, C, S, S)
             x = pipeline.to_images(seen_x.flatten(0, 1))
-            seen.clear()
         images.append(x)
     image_grid(torch.cat(images), columns, titles=titles).save(options.out)
 

@@ -499,6 +499,6 @@ def test_processes_agree_on_the_precision(monkeypatch):
     """The try of process 0 decides; another process does not even make one."""
     asked = []
     monkeypatch.setattr(sample, "pick_dtype", lambda *given: asked.append(given) or torch.bfloat16)
-    monkeypatch.setattr(sample, "from_rank0", lambda make, group: torch.float32)
+    monkeypatch.setattr(sample, "from_rank0", lambda make: torch.float32)
     model = open_pipeline(ROOT / "assets/shapes-few.safetensors", torch.device("cpu"))
     assert model.dtype == torch.float32 and not asked
