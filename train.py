@@ -357,8 +357,7 @@ def main(config):                                                               
                          "wait": round(waited / seconds, 4),    # the share of the time spent on next(batches)
                          "skipped": skipped.report(done, control, log.tell),
                          **utilisation(flops, objective, device, speed / world)}
-                loss = math.nan if line["loss"] is None else line["loss"]
-                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
+                bar.set_postfix({"loss": line["loss"], "images/s": round(speed)})
                 clock, clock_step, waited = time.perf_counter(), done, 0.0
                 log.write(line)
 
