@@ -165,10 +165,9 @@ MAY_DIFFER = set("""out steps device compile exact threads micro_batch fsdp grad
 
 def differences(before, after):
     """The settings that change the result and differ, as "name: was -> is"."""
-    may_differ = MAY_DIFFER if before.fingerprint else MAY_DIFFER | {"fingerprint"}     # older runs had none
     was, now = vars(before), vars(after)
     return [f"{name}: {was[name]} -> {now[name]}" for name in now
-            if now[name] != was[name] and name not in may_differ]
+            if now[name] != was[name] and name not in MAY_DIFFER]
 
 
 SAMPLER = ("kappa", "rho", "schedule", "gap", "cfg_scale", "cfg_interval")     # fields that sample() takes

@@ -125,9 +125,8 @@ def open_data(config):
         raise UserError(f"{config.recipe} needs latents of {config.vae}, found data {config.data}: "
                         "give --data latents:DIR (python -m extras.latents encode makes one)")
     else:
-        size = config.image_size or None
-        data = open_dataset(config.data, size, config.seed, config.labels, config.out)
-    config.fingerprint = getattr(data, "fingerprint", "")
+        data = open_dataset(config.data, config.image_size or None, config.seed, config.labels, config.out)
+    config.fingerprint = data.fingerprint
     return data
 
 
@@ -193,7 +192,7 @@ def held_out_loss(objective, net, teacher, x, y):
     return torch.cat([objective(net, *group, teacher) for group in groups]).mean().item()
 
 
-def evaluate(pipeline, objective, teacher, held_out, step, out, log):
+def evaluate(pipeline, objective, teacher, held_out, step, log):
     """Held-out loss and a page of images. With FSDP all processes take part; process 0 writes."""
     if not (log.writes or pipeline.config.fsdp):
         return
@@ -210,26 +209,26 @@ def evaluate(pipeline, objective, teacher, held_out, step, out, log):
     if log.writes:
         with ignore_disk_errors("the page of images", log.tell):
             if page:
-                atomic_write(out / f"grid_{step:07d}.png", lambda path: page.save(path, "PNG"))
-            draw_curves(out)
+                file = Path(pipeline.config.out) / f"grid_{step:07d}.png"
+                atomic_write(file, lambda path: page.save(path, "PNG"))
+            draw_curves(pipeline.config.out)
 
 
-def save(nets, optimizer, config, names, step, out, log):
+def save(nets, optimizer, config, names, step, log):
     """Process 0 writes the state and the models; with FSDP it gathers all shards. False: the disk failed."""
     tensors = state_tensors(nets, optimizer) if log.writes or config.fsdp else None
-    saved = False
     with ignore_disk_errors(f"the checkpoint of step {step}", log.tell):
         if log.writes:
-            save_state(out, tensors, nets["net"], config, names, step)
-        saved = True
-    return saved
+            save_state(config.out, tensors, nets["net"], config, names, step)
+        return True
+    return False
 
 
 # ---- the run ------------------------------------------------------------------------------------------
 
 def main(config):                                                                       # noqa: C901
     rank, world = rank_and_world()
-    device, out = pick_device(config.device), Path(config.out)
+    device = pick_device(config.device)
     on_gpu = device.type == "cuda"
     objective, accumulate = config.objective(), split_batch(config, world)
     control = init_distributed(device)
@@ -300,7 +299,7 @@ def main(config):                                                               
         print0(f"resumed from {state} at step {start_step} of {config.steps}")
     bar = tqdm(total=config.steps, initial=start_step, unit="step", disable=rank > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 10)
-    log = Log(out, config, start_step, bar.write)
+    log = Log(config.out, config, start_step, bar.write)
     decode = None
     if config.vae:
         from extras.latents import decoder
@@ -313,9 +312,9 @@ def main(config):                                                               
             stop, save_now = signals.agree()
             due, moved = step % config.save_every == 0 or step == config.steps, step > start_step
             if due and not stop and (moved or step == 0):
-                evaluate(pipeline, objective, teacher, held_out, step, out, log)
+                evaluate(pipeline, objective, teacher, held_out, step, log)
             if stop or ((due or save_now) and moved):
-                saved = save(nets, optimizer, config, data.names, step, out, log)
+                saved = save(nets, optimizer, config, data.names, step, log)
                 signals.saved = time.monotonic()
             if stop or step == config.steps:
                 break

@@ -26,7 +26,7 @@ CHANGES = [
     ("train.py", "torch.randn(x.shape, generator=torch.Generator().manual_seed(0))", "torch.randn(x.shape)"),
     ("train.py", "(torch.arange(len(x)).to(x) + 0.5) / len(x)", "torch.arange(len(x)).to(x) / len(x)"),
     ("train.py", "except ValueError as error:", "except ArithmeticError as error:"),
-    ("train.py", "    saved = False\n", "    saved = True\n"),
+    ("train.py", "    return False\n", "    return True\n"),
     ("train.py", "Pipeline(emas[config.ema[0]], config,", "Pipeline(net, config,"),
     ("train.py", "[config.ema[0]], config, data.names, device",
      "[config.ema[-1]], config, data.names, device"),
@@ -37,7 +37,7 @@ CHANGES = [
     ("train.py", "if stop or ((due or save_now) and moved):", "if stop or (due and moved):"),
     ("train.py", "if stop or step == config.steps:", "if stop or save_now or step == config.steps:"),
     ("train.py", "    log.close()\n",
-     "    if stop:\n        saved = save(nets, optimizer, config, data.names, step, out, log)\n"
+     "    if stop:\n        saved = save(nets, optimizer, config, data.names, step, log)\n"
      "    log.close()\n"),
     ("train.py", "            if due or save_now:\n                clock, clock_step",
      "            if stop:\n                clock, clock_step"),
@@ -102,7 +102,7 @@ CHANGES = [
     ("config.py", "fsdp grad_checkpoint fresh allow_change", "fsdp grad_checkpoint allow_change"),
     ("config.py", "log_every save_every", "log_every save_every dtype"),
     ("config.py", "report_to about", "report_to about lr"),
-    ("config.py", "MAY_DIFFER if before.fingerprint else MAY_DIFFER |", "MAY_DIFFER |"),
+    ("config.py", "name not in MAY_DIFFER]", 'name not in MAY_DIFFER | {"fingerprint"}]'),
     # the command line
     ("config.py", r'r"(?<![^:=])~(?=/|$)"', r'r"^~(?=/|$)"'),
     ("config.py", '...]", allow_abbrev=False', '...]", allow_abbrev=True'),
