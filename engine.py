@@ -132,7 +132,7 @@ def pick_device(wanted):
 def keep_freed_memory():
     """By default glibc returns freed memory to the system, and a small network's next step spends a tenth of
     its time getting it back. Limits set in the environment are respected."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):       # other systems have no mallopt
+    with contextlib.suppress(AttributeError):           # macOS has no mallopt
         if not any(name.startswith("MALLOC_") for name in os.environ):
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: return nothing
             ctypes.CDLL(None).mallopt(-3, 2**25)        # M_MMAP_THRESHOLD: keep blocks of up to 32 MiB
@@ -219,8 +219,8 @@ def gradient_sync(net, model, on):
 # ---- signals ------------------------------------------------------------------------------------------
 
 SAVE_AFTER = 600        # seconds without a checkpoint after which a run saves
-STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-SAVE = [getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)]        # Windows has none
+STOP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+SAVE = signal.SIGUSR1
 
 
 class Signals:
@@ -232,7 +232,7 @@ class Signals:
         self.saved = time.monotonic()
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.hear) for number in STOP + SAVE}
+        self.handlers = {number: signal.signal(number, self.hear) for number in (*STOP, SAVE)}
         return self
 
     def __exit__(self, *error):
@@ -240,7 +240,7 @@ class Signals:
             signal.signal(number, handler)
 
     def hear(self, number, frame):
-        if number in SAVE:
+        if number == SAVE:
             self.flags[1] = number
             return
         if time.monotonic() - self.asked > 5:       # not the same request, sent by both SLURM and torchrun
@@ -323,12 +323,11 @@ def claim_folder(out):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(path)
         lock.acquire(timeout=0)
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except filelock.Timeout as error:
         raise UserError(f"{out} is in use by {path.read_text()}: stop it, or give another --out") from error
     except OSError as error:
         raise UserError(f"cannot write into {out} ({error}): give another --out") from error
-    with contextlib.suppress(OSError):          # Windows lets nobody write to a locked file
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     return lock
 
 

@@ -64,7 +64,8 @@ CHANGES = [
     ("engine.py", "torch.use_deterministic_algorithms(on)", "torch.use_deterministic_algorithms(exact)"),
     ("engine.py", 'if on or not hasattr(model, "no_sync")', 'if not hasattr(model, "no_sync")'),
     # signals
-    ("engine.py", '("SIGTERM", "SIGINT", "SIGHUP")', '("SIGTERM", "SIGINT")'),
+    ("engine.py", "STOP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP",
+     "STOP = signal.SIGTERM, signal.SIGINT"),
     ("engine.py", "self.flags[1] = number", "self.flags[0] = number"),
     ("engine.py", "time.monotonic() - self.asked > 5", "time.monotonic() - self.asked > 0"),
     ("engine.py", "self.asked = min(self.asked, time.monotonic())", "self.asked = time.monotonic()"),

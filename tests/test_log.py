@@ -1,7 +1,6 @@
 """What a run tells, and what it costs: the log, the curves, the count of operations, the speed table."""
 import json
 import math
-import runpy
 import signal
 import sys
 import types
@@ -12,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
-from toys import ROOT, Net, batch, calls_of
+from toys import Net, batch, calls_of
 
 from config import Config, UserError
 from experiments import bench, memory
@@ -154,14 +153,6 @@ def test_the_speed_table(monkeypatch, capsys):
     assert all(0 < float(row[8].strip().rstrip("%")) < 130 for row in rows)
     with pytest.raises(ValueError, match="nothing"):
         bench.main(bench.Options(model="nothing", device="cpu"))
-
-
-def test_a_system_without_unix_signals(monkeypatch):
-    """Windows has none of them: engine.py, on which sampling stands, loads all the same."""
-    for name in ("SIGUSR1", "SIGHUP"):
-        monkeypatch.delattr(signal, name, raising=False)
-    engine = runpy.run_path(str(ROOT / "engine.py"))
-    assert engine["SAVE"] == [] and len(engine["STOP"]) == 2 and engine["Signals"](None)
 
 
 def test_reports_go_on_after_a_kill(tmp_path, monkeypatch):

@@ -221,7 +221,6 @@ def test_ten_minutes_are_the_most_that_a_kill_can_cost(monkeypatch, capsys):
     assert seen == [3, 6, 8]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has no SIGUSR1")
 @pytest.mark.parametrize("number, saves, end", [
     ("SIGUSR1", [3, 6], 6), ("SIGTERM", [3], 3), ("SIGINT", [3], 3)])
 def test_signals(monkeypatch, capsys, number, saves, end):
