@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 
 from recipes import RECIPES
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # for sums in a fixed order (engine.fix_order)
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # for sums in a fixed order (engine.fix_order)
 
 
 class UserError(ValueError):
