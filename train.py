@@ -17,7 +17,6 @@ if __name__ == "__main__":      # before torch is loaded, so that -h and typos a
 
 import contextlib
 import copy
-import math
 import os
 import sys
 import time
