@@ -241,7 +241,7 @@ def test_scores_of_ones_own_images_need_no_download(home, capsys, monkeypatch):
     assert "of 2 held-out images" in out or "once" not in err
 
 
-@pytest.mark.parametrize("later, exits", [(0.1, []), (6.0, [1])])
+@pytest.mark.parametrize("later, exits", [((0.1,), []), ((6.0,), [1]), ((4.0, 8.0), [1])])
 def test_a_second_request_to_stop(monkeypatch, capfd, later, exits):
     """Five seconds after the first one it leaves without saving. Sooner it is the same one, that SLURM and
     torchrun both send. The previous handlers are restored at the end."""
@@ -253,8 +253,9 @@ def test_a_second_request_to_stop(monkeypatch, capfd, later, exits):
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.agree() == [0, signal.SIGUSR1] and signals.agree() == [0, 0]
         os.kill(os.getpid(), signal.SIGHUP)
-        now[0] += later
-        os.kill(os.getpid(), signal.SIGTERM)
+        for seconds in later:
+            now[0] = 100 + seconds
+            os.kill(os.getpid(), signal.SIGTERM)
         assert signals.agree()[0] == signal.SIGTERM
     assert left == exits and signal.getsignal(signal.SIGTERM) == before != signals.hear
     assert ("stopped without saving" in capfd.readouterr().err) == bool(exits)
