@@ -24,7 +24,8 @@ from mutations import CHANGES, EQUIVALENT
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
-    "train.py": "training resume run_folder faults cli log", "engine.py": "launches run_folder faults training log cli",
+    "train.py": "training resume run_folder faults cli log",
+    "engine.py": "launches run_folder faults training log cli",
     "config.py": "recipes resume run_folder cli", "recipes.py": "recipes", "sample.py": "fid hub cli",
     "checkpoint.py": "training faults resume run_folder cli model extras/published",
     "data.py": "data training folders",
