@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from config import UserError
 from engine import as_one_error, print0
-from images import find_classes, read_images, read_square
+from images import find_classes, read_cache, read_images, read_square
 from shapes import Shapes, derive_seed, uniforms
 
 # ---- finite sets --------------------------------------------------------------------------------------
@@ -43,12 +43,13 @@ class FiniteDataset:
     """A finite set as an endless stream: reshuffled each epoch, mirrored at random if `mirror`.
 
     read(indices, flip) -> float32 (B, C, S, S) with the rows of flip (bool) mirrored; labels (N,) int.
-    identity: bytes that say which images these are, in which order.
+    identity: bytes that say which images these are, in which order, or their sha256 in hexadecimal.
     """
 
     def __init__(self, read, labels, shape, names, seed, mirror=False, identity=b""):
         self.read, self.labels, self.shape, self.names = read, np.asarray(labels), tuple(shape), names
-        self.fingerprint = f"{len(self.labels)} images, {hashlib.sha256(identity).hexdigest()[:12]}"
+        digest = identity if isinstance(identity, str) else hashlib.sha256(identity).hexdigest()
+        self.fingerprint = f"{len(self.labels)} images, {digest[:12]}"
         self.seed, self.mirror, self.rows = seed, mirror, np.arange(len(self.labels))   # rows in the stream
 
     def __len__(self):
@@ -91,12 +92,16 @@ def uint8_reader(x):
 
 
 def open_folder(path, size, seed, cache):
-    folder = find_classes(path)
+    folder = find_classes(path, keep=False)
     print0(folder)
-    read = lambda file: read_square(os.path.join(path, file[0]), size)
-    x, rows = read_images(folder.files, read, size, path, "images", folder.fingerprint(size), cache)
-    labels, files = np.asarray(folder.labels)[rows], (folder.files[row] for row in rows)
-    identity = "\n".join(f"{name} {size}" for name, size, _ in files).encode(errors="surrogateescape")
+    found = read_cache("images", size, folder.key, cache)
+    if not found:
+        folder = find_classes(path)
+        files = [f"{name} {length}" for name, length, _ in folder.files]
+        read = lambda file: read_square(os.path.join(path, file.rpartition(" ")[0]), size)
+        found = read_images(files, read, size, path, "images", folder.key, cache)
+    x, bad, identity = found
+    labels = np.delete(folder.labels, bad)
     return FiniteDataset(uint8_reader(x), labels, x.shape[1:], folder.classes, seed, True, identity)
 
 

@@ -204,7 +204,7 @@ def stored_images(source, batch_size):
     if not path.is_dir():
         yield from npz_images(path, batch_size)
         return
-    files, skipped = find_images(path)
+    files = list(find_images(path, skipped := Counter()))
     if not files:
         raise UserError(f"no images in {path} or its sub-folders: give another folder")
     print0(f"{path}: {len(files)} images; skipped: {listed(skipped)}")

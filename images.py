@@ -3,6 +3,7 @@
 Training, encoding and scoring all find and read images here, so all three see the same images.
 """
 import collections
+import contextlib
 import hashlib
 import io
 import json
@@ -25,10 +26,10 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif",
 
 # ---- finding images -----------------------------------------------------------------------------------
 
-def find_images(root, above=()):
-    """(sorted paths of all images below a folder, a Counter of what was skipped). Links are followed, except
-    into the folders `above`. UserError names a folder that cannot be read."""
-    paths, skipped, above = [], collections.Counter(), (*above, os.path.realpath(root))
+def find_images(root, skipped, above=()):
+    """Yield the sorted paths of all images below a folder; count what else is there in `skipped`. Links are
+    followed, except into the folders `above`. UserError names a folder that cannot be read."""
+    above = (*above, os.path.realpath(root))
     with as_one_error(f"cannot read folder {root}", "give another, or make it readable"):
         os.stat(f"{root}/.")        # its names can be listed even where its files cannot be opened
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
@@ -36,14 +37,11 @@ def find_images(root, above=()):
         if entry.name.startswith(".") or entry.name == "__MACOSX":      # what macOS puts into its zips
             skipped["hidden"] += 1
         elif entry.is_dir() and os.path.realpath(entry) not in above:
-            inner, more = find_images(entry.path, above)
-            paths += inner
-            skipped += more
+            yield from find_images(entry.path, skipped, above)
         elif entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
-            paths.append(entry.path)
+            yield entry.path
         else:
             skipped[Path(entry.name).suffix.lower() or "other"] += 1
-    return paths, skipped
 
 
 def listed(counts):
@@ -52,39 +50,39 @@ def listed(counts):
 
 class Folder(NamedTuple):
     root: str
-    files: list                 # (name below root, bytes, time of modification in ns) of each image
-    labels: list                # the class number of each image
+    files: list                 # (name below root, bytes, time of modification in ns) of each image, if kept
+    key: str                    # 16 hexadecimal digits that change when a file is added, removed or changed
+    labels: np.ndarray          # int32 (N,), the class number of each image
     classes: list               # the names of the sub-folders that contain images
     skipped: collections.Counter
 
-    def fingerprint(self, *more):
-        """A hash of the files' names, sizes and modification times, and of `more`."""
-        return hashlib.sha256(json.dumps([self.files, self.classes, more]).encode()).hexdigest()[:16]
-
     def __str__(self):
-        classes = collections.Counter(self.classes[k] for k in self.labels)
-        return (f"{self.root}: {len(self.files)} images in {len(self.classes)} classes "
-                f"({textwrap.shorten(listed(classes), 200)}); skipped: {listed(self.skipped)}")
+        counts = dict(zip(self.classes, np.bincount(self.labels)))
+        return (f"{self.root}: {len(self.labels)} images in {len(self.classes)} classes "
+                f"({textwrap.shorten(listed(counts), 200)}); skipped: {listed(self.skipped)}")
 
 
-def find_classes(root):
-    """The Folder of `root`: each sub-folder with images in it, or deeper, is a class."""
-    paths, skipped = find_images(root)
+def find_classes(root, keep=True):
+    """The Folder of `root`: each sub-folder with images in it, or deeper, is a class. Unless `keep`, its list
+    of files, which may be long, stays empty."""
     expected = "expected one sub-folder per class: PATH/cats/1.png, PATH/dogs/2.jpg"
+    counts, skipped, start = collections.Counter(), collections.Counter(), len(os.path.join(root, ""))
+    files, digest = [], hashlib.sha256()
     with as_one_error(f"cannot read folder {root}", expected):
-        inside, start = [], len(os.path.join(root, ""))
-        for path in paths:
-            name = path[start:]
-            if os.sep in name:
-                stat = os.stat(path)
-                inside.append((name, stat.st_size, stat.st_mtime_ns))
-    if not inside:
+        for path in find_images(root, skipped):
+            label, is_inside, _ = path[start:].partition(os.sep)
+            if not is_inside:
+                skipped["outside a class"] += 1
+                continue
+            stat = os.stat(path)
+            file = path[start:], stat.st_size, stat.st_mtime_ns
+            digest.update(f"{file}\n".encode())
+            files += [file] * keep
+            counts[label] += 1
+    if not counts:
         raise UserError(f"no images in the sub-folders of {root}; {expected}")
-    skipped["outside a class"] = len(paths) - len(inside)
-    names = [name.partition(os.sep)[0] for name, *_ in inside]
-    classes = sorted(set(names))
-    numbers = {name: k for k, name in enumerate(classes)}
-    return Folder(str(root), inside, [numbers[name] for name in names], classes, +skipped)
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), [*counts.values()])     # files are sorted
+    return Folder(str(root), files, digest.hexdigest()[:16], labels, [*counts], skipped)
 
 
 # ---- reading images -----------------------------------------------------------------------------------
@@ -147,44 +145,51 @@ def check_unreadable(reasons, count):
 # ---- images as one array ------------------------------------------------------------------------------
 
 def write_images(items, read, title, file):
-    """Write the bytes of read(item), uint8, one after another, of all items that can be read. Returns their
-    indices."""
-    rows, bad = [], []
+    """Write the bytes of read(item), uint8, one after another, of all items that can be read. Returns (the
+    indices of the others, a hash of these items)."""
+    bad = {}
     for images, reasons in tqdm(read_many(items, read), title, delay=1, disable=rank_and_world()[0] > 0):
         for image in images.values():
             file.write(image.tobytes())
-        rows += images
-        bad += reasons.values()
-    check_unreadable(bad, len(items))
-    return rows
+        bad |= reasons
+    check_unreadable([*bad.values()], len(items))
+    good = "\n".join(str(item) for k, item in enumerate(items) if k not in bad)
+    return [*bad], hashlib.sha256(good.encode(errors="surrogateescape")).hexdigest()
+
+
+def read_cache(name, size, key, cache):
+    """What read_images keeps in a folder, or None. The images are memory-mapped: the processes of a machine
+    share their pages, and the system drops those not in use."""
+    file = Path(cache or "") / f"{name}{size}_{key}.bin"
+    with contextlib.suppress(OSError):
+        notes = json.loads(file.with_suffix(".notes").read_text())
+        return np.memmap(file, np.uint8, "r").reshape(-1, 3, size, size), *notes
 
 
 def read_images(items, read, size, title, name, key, cache=None):
-    """(images uint8 (N, 3, size, size), the index in items of each): read(item) of all that can be read.
+    """(images uint8 (N, 3, size, size), the indices of items that cannot be read, a hash of the others):
+    read(item) of all items.
 
-    cache: a folder that keeps them in a file, under `name` and until `key` (16 hexadecimal digits) changes.
-    It is memory-mapped: the processes of a machine share its pages, and the system drops those not in use.
+    cache: a folder that keeps this in files, under `name` and until `key` (16 hexadecimal digits) changes.
     """
-    use_cache, shape = bool(cache) and len(items) >= CACHE_FROM, (-1, 3, size, size)
-    file = Path(cache or "") / f"{name}{size}_{key}.bin"
-    rows_file = file.with_suffix(".json")
+    use_cache, buffer = bool(cache) and len(items) >= CACHE_FROM, io.BytesIO()
+    file, notes = Path(cache or "") / f"{name}{size}_{key}.bin", []
 
     def write(path):
         with open(path, "wb") as opened:
-            rows.extend(write_images(items, read, title, opened))
+            notes.extend(write_images(items, read, title, opened))
     with locked(cache if use_cache else None):
-        if use_cache and not (file.is_file() and rows_file.is_file()):
+        if use_cache and not read_cache(name, size, key, cache):
             try:
                 for old in file.parent.glob(f"{name}{size}_{'[0-9a-f]' * 16}.*"):
                     old.unlink()
-                rows = []
                 atomic_write(file, write)
-                atomic_write(rows_file, lambda path: path.write_text(json.dumps(rows)))     # last: done
+                text = json.dumps(notes)
+                atomic_write(file.with_suffix(".notes"), lambda path: path.write_text(text))    # last: done
             except OSError as error:
                 print0(f"{file} cannot be written ({error}): the images stay in memory")
                 use_cache = False
         if use_cache:
-            return np.memmap(file, np.uint8, "r").reshape(shape), json.loads(rows_file.read_text())
-    buffer = io.BytesIO()
-    rows = write_images(items, read, title, buffer)
-    return np.frombuffer(buffer.getbuffer(), np.uint8).reshape(shape), rows
+            return read_cache(name, size, key, cache)
+    notes = write_images(items, read, title, buffer)
+    return np.frombuffer(buffer.getbuffer(), np.uint8).reshape(-1, 3, size, size), *notes

@@ -108,6 +108,6 @@ def open_hub(path, size, seed, labels, cache=None, test=False):
         file = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
         return read_square(file, size, f"image {row} of {source}")
     key = hashlib.sha256(data._fingerprint.encode()).hexdigest()[:16]
-    x, rows = read_images(range(len(data)), read, size, source, split, key, cache)
-    identity = y[rows].tobytes() + sizes[rows].tobytes()
-    return FiniteDataset(uint8_reader(x), y[rows], x.shape[1:], names, seed, True, identity)
+    x, bad, _ = read_images(range(len(data)), read, size, source, split, key, cache)
+    y, sizes = np.delete(y, bad), np.delete(sizes, bad)
+    return FiniteDataset(uint8_reader(x), y, x.shape[1:], names, seed, True, y.tobytes() + sizes.tobytes())

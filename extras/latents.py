@@ -251,7 +251,9 @@ def encode(options):
     unreadable, bar = 0, tqdm(total=share, unit="image", disable=rank > 0)
     for path, first in list(shards.items())[rank::world]:
         last = first + options.shard
-        part = folder._replace(files=folder.files[first:last], labels=folder.labels[first:last])
+        files, labels = folder.files[first:last], folder.labels[first:last]
+        key = hashlib.sha256(json.dumps([files, folder.classes, []]).encode()).hexdigest()[:16]
+        part = folder._replace(files=files, key=key, labels=labels)
         if path.is_file() and is_current(path, settings, part):
             bar.update(len(part.files))
             continue
@@ -260,7 +262,7 @@ def encode(options):
         if unreadable > options.max_unreadable:
             raise UserError(f"{unreadable} images cannot be read; the last: {bad[-1][1]}, or raise "
                             "--max_unreadable")
-        notes = {"settings": settings, "files": part.fingerprint(), "pictures": kept, "unreadable": bad}
+        notes = {"settings": settings, "files": part.key, "pictures": kept, "unreadable": bad}
         metadata = {"notes": json.dumps(notes)}         # one entry: safetensors keeps no order
         atomic_write(path, partial(safetensors.torch.save_file, tensors, metadata=metadata))
     bar.close()
@@ -281,7 +283,7 @@ def is_current(path, settings, part):
     if changed := [name for name in settings if before.get(name) != settings[name]]:
         was = ", ".join(f"{name} {before.get(name)}" for name in changed)
         raise UserError(f"{path} was encoded with {was}: remove it, or give another --out")
-    return notes["files"] == part.fingerprint() and not notes["unreadable"]
+    return notes["files"] == part.key and not notes["unreadable"]
 
 
 def encode_shard(autoencoder, part, first, options, device, bar):

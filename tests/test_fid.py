@@ -382,7 +382,7 @@ def test_a_reference_of_other_features_is_refused(tmp_path, capsys):
 def test_the_inception_score_of_sorted_folders_is_that_of_a_shuffled_set(tmp_path, monkeypatch):
     """12,000 images sorted by class: in the order of the names a chunk of 5,000 knows few of ten classes."""
     names = [f"{k // 1200}/{k:05d}.png" for k in range(12_000)]
-    monkeypatch.setattr(fid, "find_images", lambda path: (names, {}))
+    monkeypatch.setattr(fid, "find_images", lambda path, skipped: names)
     monkeypatch.setattr(fid, "read_rgb", lambda name, on_white: np.full((2, 2, 3), int(name[0]), np.uint8))
     result = Statistics()
     for first, x in fid.stored_images(f"folder:{tmp_path}", 500):

@@ -1,9 +1,13 @@
-"""Folders as people have them: odd formats, modes, links, hidden files, damage."""
+"""Folders as people have them: odd formats, modes, links, hidden files, damage; very many files."""
 import errno
+import hashlib
+import json
 import multiprocessing
 import os
 import struct
+import tracemalloc
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +92,13 @@ def folder(tmp_path):
     return root, count + 2, len(damaged)
 
 
+class Autoencoder:
+    def __init__(self, *settings):
+        pass
+    to, hash = lambda self, device: self, lambda self: "0"
+    encode = lambda self, x, noise: x[:, :1, ::4, ::4]
+
+
 def test_all_three_see_the_same_images(folder, tmp_path, capsys, monkeypatch):
     """More than 40 odd files: the same count for training, encoding and scores; each damaged one is named."""
     root, readable, damaged = folder
@@ -97,12 +108,6 @@ def test_all_three_see_the_same_images(folder, tmp_path, capsys, monkeypatch):
     assert len(data) == readable and data.names == ["a", "b", "linked"]
     assert f"{readable + damaged} images in 3 classes" in said and ".mpg" in said and "hidden" in said
     assert all(name in said for name in ("cut.png", "empty.jpg", "text.png", "odd.pgm", "chunk.png"))
-
-    class Autoencoder:
-        def __init__(self, *settings):
-            pass
-        to, hash = lambda self, device: self, lambda self: "0"
-        encode = lambda self, x, noise: x[:, :1, ::4, ::4]
     monkeypatch.setattr(latents, "Autoencoder", Autoencoder)
     out = str(tmp_path / "l")
     latents.encode(latents.Options(data=f"folder:{root}", size=16, out=out, workers=0, device="cpu"))
@@ -115,7 +120,7 @@ def test_all_three_see_the_same_images(folder, tmp_path, capsys, monkeypatch):
 def test_every_image_is_read_upright_and_in_its_range(tmp_path):
     """Whatever the format, mode and orientation: dark on the left, bright on the right, from 0 to 255."""
     save_all(tmp_path)
-    for path in images.find_images(tmp_path)[0]:
+    for path in images.find_images(tmp_path, Counter()):
         x = np.asarray(images.read_rgb(path, on_white=False), np.float64).mean(2)
         name = os.path.basename(path)
         assert x.shape == (20, 24) and (x[:, 0] < 12).all() and (x[:, -1] > 243).all(), name
@@ -210,6 +215,88 @@ def test_a_folder_is_read_once(folder, tmp_path, monkeypatch):
     assert (run / "images_of_mine.npy").read_bytes() == b"mine" and len(list(run.glob("images16_*.bin"))) == 1
 
 
+def write_ppms(root):
+    """24 images of 8 x 8 pixels in four classes, and one in none; number 8, in cats, is cut off."""
+    for k in range(24):
+        path = root / ('a "b"', "cats", "dogs/\u00e9", "zebras")[k % 4] / f"{k}.ppm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = bytes((k * 8 + j) % 256 for j in range(192 if k != 9 else 0))
+        path.write_bytes(b"P6 8 8 255\n" + pixels + b"#" * (k // 4))
+        os.utime(path, ns=(0, 10**18 + k))
+    (root / "none.ppm").write_bytes(b"P6")
+
+
+def test_old_runs_and_latents_find_their_images(tmp_path, monkeypatch, capsys):
+    """The fingerprint and the stream of this folder, and the fingerprint of its files in a shard of latents,
+    are those of the version that kept the list of files: on the first start, on the next ones, without a
+    cache, and over the cache that the version left, which is replaced."""
+    root, run = tmp_path / "images", tmp_path / "run"
+    write_ppms(root)
+    run.mkdir()
+    (run / "images8_4ae7ae1584ef3687.bin").write_bytes(b"old")
+    (run / "images8_4ae7ae1584ef3687.json").write_text(json.dumps([*range(11), *range(12, 24)]))
+    monkeypatch.setattr(images, "CACHE_FROM", 0)
+    for cache, reads in ((None, 1), (str(run), 1), (str(run), 0)):
+        data = open_dataset(f"folder:{root}", 8, seed=3, cache=cache)
+        x, y = data[np.arange(60)]
+        assert data.fingerprint == "23 images, 7190ac609163"
+        assert data.names == ['a "b"', "cats", "dogs", "zebras"]
+        assert y[:23].tolist() == [int(digit) for digit in "13230203121010232201033"]
+        assert hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16] == "e2e33820db7e2f1d"
+        said = capsys.readouterr().out
+        assert "24 images in 4 classes" in said and "skipped: outside a class 1\n" in said
+        assert said.count("9.ppm (image file is truncated") == reads
+    assert sorted(path.suffix for path in run.glob("images8*")) == [".bin", ".notes"]
+    monkeypatch.setattr(latents, "Autoencoder", Autoencoder)
+    out = tmp_path / "latents"
+    latents.encode(latents.Options(data=f"folder:{root}", size=8, out=str(out), workers=0, device="cpu"))
+    shard, = out.glob("*.safetensors")
+    assert latents.map_shard(shard)[1]["files"] == "fc23f5734f948fb1"
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "resize", "touch"])
+def test_a_change_of_a_file_is_noticed(tmp_path, monkeypatch, change):
+    """The next start has the images, the classes and the fingerprint of a start without a cache."""
+    root, run = tmp_path / "images", str(tmp_path / "run")
+    write_ppms(root)
+    monkeypatch.setattr(images, "CACHE_FROM", 0)
+    before = open_dataset(f"folder:{root}", 8, cache=run)
+    file, other = root / "zebras/7.ppm", root / "cats/5.ppm"
+    status = file.stat()
+    if change == "add":
+        (root / "cats/more.ppm").write_bytes(file.read_bytes())
+    elif change == "remove":
+        file.unlink()
+    elif change == "rename":
+        file.rename(root / "cats/7.ppm")
+    else:                                       # other pixels; the size alone changes, or the time alone
+        file.write_bytes(other.read_bytes() + b"#" * (3 if change == "resize" else 0))
+        os.utime(file, ns=(0, status.st_mtime_ns + (change == "touch")))
+    after, fresh = (open_dataset(f"folder:{root}", 8, cache=cache) for cache in (run, None))
+    (x, y), (fresh_x, fresh_y) = after[np.arange(48)], fresh[np.arange(48)]
+    assert torch.equal(x, fresh_x) and torch.equal(y, fresh_y) and after.fingerprint == fresh.fingerprint
+    assert (after.fingerprint == before.fingerprint) == (change == "touch")     # a copy has other times
+    assert not torch.equal(x, before[np.arange(48)][0])
+
+
+def test_a_warm_start_holds_no_list_of_files(tmp_path, monkeypatch):
+    """At its peak it takes at most 100 bytes per file; names, sizes and times would take 400."""
+    count, root = 3000, tmp_path / "images"
+    for k in range(count):
+        path = root / str(k % 30) / f"image_{k:07d}.ppm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"P6 1 1 255\n123")
+    how = dict(size=1, cache=str(tmp_path / "run"))
+    all_at_once = lambda items, read: [images.read_batch(items, range(count), read)]
+    monkeypatch.setattr(images, "read_many", all_at_once)
+    open_dataset(f"folder:{root}", **how)
+    tracemalloc.start()
+    data = open_dataset(f"folder:{root}", **how)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(data) == count and peak < 100 * count
+
+
 def test_processes_decode_it_once_and_share_it(folder, tmp_path, monkeypatch):
     """Three start together: one decodes while the others wait, and all have the same images."""
     root, readable, damaged = folder
@@ -241,7 +328,7 @@ def test_what_is_left_of_a_killed_start_is_not_used(folder, tmp_path, monkeypatc
     monkeypatch.setattr(images, "CACHE_FROM", 0)
     how = dict(size=16, cache=str(tmp_path / "run"))
     expected = open_dataset(f"folder:{root}", **how)[np.arange(50)][0]
-    index, = (tmp_path / "run").glob("images16_*.json")
+    index, = (tmp_path / "run").glob("images16_*.notes")
     index.unlink()
     array = index.with_suffix(".bin")
     array.write_bytes(bytes(array.stat().st_size))
