@@ -171,7 +171,8 @@ def test_out_below_a_file_is_refused_at_the_start(capsys):
 
 
 def test_modes_and_folder_flushes_are_best_effort(monkeypatch):
-    """File systems that refuse chmod or fsync of a folder; the umask is respected where modes exist."""
+    """File systems that refuse chmod or fsync of a folder; the umask is respected where modes exist. A write
+    that fails leaves nothing behind."""
     monkeypatch.setattr(engine, "UMASK", 0o027)
     atomic_write("a", lambda path: path.write_text("x"))
     assert Path("a").stat().st_mode & 0o777 == 0o640
@@ -182,6 +183,9 @@ def test_modes_and_folder_flushes_are_best_effort(monkeypatch):
     flush = engine.flush
     monkeypatch.setattr(engine, "flush", lambda path: refuse() if Path(path).is_dir() else flush(path))
     atomic_write("a", lambda path: path.write_text("y"))
+    assert Path("a").read_text() == "y" and not Path("a.tmp").exists()
+    with pytest.raises(ZeroDivisionError):
+        atomic_write("a", lambda path: path.write_text("z") / 0)
     assert Path("a").read_text() == "y" and not Path("a.tmp").exists()
 
 

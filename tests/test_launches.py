@@ -42,27 +42,45 @@ SETTINGS = [dict(), dict(zeta=0.5, style="ft-vs-fe"), dict(lam=0.5), FEW,
 
 
 def test_two_processes_know_of_each_other(tmp_path):
-    """Their sums, all their values, the first one's alone, and a request to stop that only one of them hears;
-    without processes there is one of each."""
+    """Their sums, all their values, the first one's alone, a request to stop that only one of them hears, and
+    the mean of their gradients (2 rank) where it is asked for; without processes there is one of each."""
     def work(rank):
         dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
         signals = engine.Signals(dist.group.WORLD)
         if rank == 1:
             signals.hear(signal.SIGTERM, None)
+        net, gradients = torch.nn.Linear(1, 1), []
+        model = torch.nn.parallel.DistributedDataParallel(net)
+        for on in (True, False):
+            model.zero_grad()
+            with engine.gradient_sync(net, model, on):
+                model(torch.full((1, 1), 2.0 * rank)).sum().backward()
+            gradients.append(net.weight.grad.item())
         found = (engine.sum_over_ranks(torch.tensor([rank + 1.0, 10.0 * rank])).tolist(), signals.agree(),
-                 engine.gather(rank, dist.group.WORLD), engine.from_rank0(lambda: 7 + rank, dist.group.WORLD))
-        os._exit(int(found != ([3.0, 10.0], [signal.SIGTERM, 0], [0, 1], 7)))
+                 engine.gather(rank), engine.from_rank0(lambda: 7 + rank), gradients)
+        os._exit(int(found != ([3.0, 10.0], [signal.SIGTERM, 0], [0, 1], 7, [1.0, 2.0 * rank])))
     processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert engine.sum_over_ranks(torch.ones(2)).tolist() == [1, 1] and engine.gather(5, None) == [5]
+    assert engine.sum_over_ranks(torch.ones(2)).tolist() == [1, 1] and engine.gather(5) == [5]
 
 
 def test_processes_take_turns_at_batches():
     assert [[*engine.rank_batches(10, 2, rank, 2)] for rank in (0, 1)] == [[0, 4, 8], [2, 6]]
+
+
+@pytest.mark.parametrize("device, compiled, exact, on", [
+    ("cpu", True, False, True), ("cpu", False, True, False), ("cuda", True, False, False),
+    ("cuda", False, True, True), ("mps", True, True, False)])
+def test_sums_are_in_order_where_bits_shall_repeat(device, compiled, exact, on):
+    try:
+        engine.fix_order(torch.device(device), compiled, exact)
+        assert torch.are_deterministic_algorithms_enabled() == on
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch):
