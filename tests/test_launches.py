@@ -50,15 +50,18 @@ def test_two_processes_know_of_each_other(tmp_path):
         if rank == 1:
             signals.hear(signal.SIGTERM, None)
         net, gradients = torch.nn.Linear(1, 1), []
-        model = torch.nn.parallel.DistributedDataParallel(net)
+        net.num_classes, net.null = 3, torch.zeros_like
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+        model = engine.wrap(net, CPU, compiled=False)
         for on in (True, False):
             model.zero_grad()
             with engine.gradient_sync(net, model, on):
                 model(torch.full((1, 1), 2.0 * rank)).sum().backward()
             gradients.append(net.weight.grad.item())
         found = (engine.sum_over_ranks(torch.tensor([rank + 1.0, 10.0 * rank])).tolist(), signals.agree(),
-                 engine.gather(rank), engine.from_rank0(lambda: 7 + rank), gradients)
-        os._exit(int(found != ([3.0, 10.0], [signal.SIGTERM, 0], [0, 1], 7, [1.0, 2.0 * rank])))
+                 engine.gather(rank), engine.from_rank0(lambda: 7 + rank), gradients,
+                 model is not net and model.num_classes, model.null is net.null)
+        os._exit(int(found != ([3.0, 10.0], [signal.SIGTERM, 0], [0, 1], 7, [1.0, 2.0 * rank], 3, True)))
     processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in (0, 1)]
     for process in processes:
         process.start()
