@@ -344,7 +344,5 @@ def as_one_error(what, hint):
     exception, and the hub's library raises different ones in each version."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(f"{what} ({one_line(error)}): {hint}") from error

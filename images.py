@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from config import UserError
-from engine import as_one_error, atomic_write, locked, print0, rank_and_world
+from engine import as_one_error, atomic_write, locked, one_line, print0, rank_and_world
 
 CACHE_FROM = 500            # a folder with fewer images is read again at each start
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -68,7 +68,7 @@ def find_classes(root, keep=True):
     expected = "expected one sub-folder per class: PATH/cats/1.png, PATH/dogs/2.jpg"
     counts, skipped, start = collections.Counter(), collections.Counter(), len(os.path.join(root, ""))
     files, digest = [], hashlib.sha256()
-    with as_one_error(f"cannot read folder {root}", expected):
+    try:
         for path in find_images(root, skipped):
             label, is_inside, _ = path[start:].partition(os.sep)
             if not is_inside:
@@ -79,6 +79,8 @@ def find_classes(root, keep=True):
             digest.update(f"{file}\n".encode())
             files += [file] * keep
             counts[label] += 1
+    except OSError as error:
+        raise UserError(f"cannot read folder {root} ({one_line(error)}): {expected}") from error
     if not counts:
         raise UserError(f"no images in the sub-folders of {root}; {expected}")
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), [*counts.values()])     # files are sorted
