@@ -1,7 +1,8 @@
-"""Other samplers and another few-step method on the same network: what RESULTS.md compares with.
+"""Other samplers and other few-step methods on the same network: what RESULTS.md compares with.
 
     python experiments/peers.py curves --ckpt runs/shapes32 --out curves.jsonl      # samplers
     python experiments/peers.py meanflow --ckpt runs/shapes32 --seconds 60          # MeanFlow, tuned from it
+    python experiments/peers.py alphaflow --ckpt runs/shapes32 --seconds 60         # AlphaFlow, likewise
 
 The samplers are UCGM-S, Euler, Heun, DPM-Solver++(2M) and diffusers' UniPC, each at several numbers of
 network calls. A line of the output has a score as fid.py reports it: FD-NAME, its floor, accuracy, N and NFE.
@@ -30,6 +31,7 @@ from features import SmallFeatures
 from fid import classifier_scores, collect, stream_images
 from model import TimeEmbed
 from objective import expand, predict, resolve
+from optim import make_optimizer, set_lr
 from sample import open_pipeline
 from sampler import sample, time_grid
 
@@ -40,14 +42,21 @@ class Options:
     out: str = setting("peers.jsonl", "lines are added to this file")
     data: str = setting("", "real images; empty: what the model was trained on")
     num: int = setting(4000, "images per score")
-    seed: int = setting(0, "seed of the images and of MeanFlow's training")
+    seed: int = setting(0, "seed of the images and of the training")
     batch_size: int = setting(500, "images per batch")
     effnet: bool = setting(False, "add FD-EffNet")
     nfe: str = setting("5,10,20,40,80", "network calls", "curves")
     kappas: str = setting("0,auto,0.2,0.5", "of UCGM-S")
     others: bool = setting(True, "also Heun, DPM-Solver++(2M) and UniPC")
-    seconds: float = setting(60.0, "of training, compilation not counted", "meanflow")
-    lr: float = setting(1e-3, "learning rate (RAdam, as our few-step recipe)")
+    seconds: float = setting(60.0, "of training on one core, without compilation", "meanflow, alphaflow")
+    optimizer: str = setting("radam", "as in train.py", choices=("radam", "muon"))
+    lr: float = setting(1e-3, "learning rate")
+    betas: tuple = setting((0.9, 0.999), "of the optimizer")
+    ema: float = setting(0.99, "decay of the average that is scored")
+    power: float = setting(1.0, "p of the adaptive weight")
+    times: str = setting("uniform", "of t and r; lognormal: MeanFlow's for CIFAR-10, sigmoid(2 n - 2)",
+                         choices=("uniform", "lognormal"))
+    curve: float = setting(25.0, "steepness of AlphaFlow's sigmoid from alpha 1 to 0")
 
 
 # ---- other samplers -----------------------------------------------------------------------------------
@@ -126,51 +135,77 @@ class TwoTimes(nn.Module):
         return self.first(t[:, 0]) + self.second(t[:, 1])
 
 
-def meanflow_loss(flow, teacher, x, y, t, r, z):
-    """The identity u = v - (t - r) du/dt, with the frozen teacher's velocity as v, which is the place that
-    fc-vs-xz gives the teacher at zeta 1; and the adaptive weight of the paper, p = 1."""
+def meanflow_loss(flow, teacher, x, y, t, r, z, power=1.0, alpha=None):
+    """The loss of each sample, (B,), with the adaptive weight of power p. x, z (B, C, H, W), y, t, r (B,).
+
+    The target is v - (t - r) du/dt. With AlphaFlow's alpha (arXiv 2510.20771), a scalar tensor above 0, it
+    is alpha v + (1 - alpha) u(x_s, r, s) at s = t - alpha (t - r). For small alpha it lies alpha times as far
+    from u as MeanFlow's; the weight is multiplied by alpha, too, so with p = 1 the gradients agree. v is the
+    velocity of the frozen teacher: the place that fc-vs-xz gives the teacher at zeta 1.
+    """
     x_t = expand(t, x) * z + (1 - expand(t, x)) * x
     with torch.no_grad():
         v = teacher(x_t, t, y)
-        with sdpa_kernel(SDPBackend.MATH):
-            _, du_dt = torch.func.jvp(lambda a, b: flow(a, r, b, y), (x_t, t), (v, torch.ones_like(t)))
-        target = v - expand(t - r, x) * du_dt
+        if alpha is None:
+            with sdpa_kernel(SDPBackend.MATH):
+                _, du_dt = torch.func.jvp(lambda a, b: flow(a, r, b, y), (x_t, t), (v, torch.ones_like(t)))
+            target = v - expand(t - r, x) * du_dt
+        else:
+            s = t - alpha * (t - r)
+            target = alpha * v + (1 - alpha) * flow(x_t - expand(t - s, x) * v, r, s, y)
+            target = torch.where(expand(r == t, x), v, target)
     square = (flow(x_t, r, t, y) - target).square().flatten(1).mean(1)
-    return square / (square.detach() + 1e-3)
+    weight = 1 if alpha is None else torch.where(r == t, 1, alpha)
+    return weight * square / (square.detach() + 1e-3) ** power
 
 
-def tune_meanflow(model, options):
+def alpha_at(progress, curve):
+    """AlphaFlow's alpha at a share 0..1 of the training: a sigmoid from 1 to 0; None, the limit, from .005
+    on."""
+    alpha = 1 / (1 + math.exp(curve * (progress - 0.5)))
+    return None if alpha < 0.005 else 1.0 if alpha > 0.995 else alpha
+
+
+def draw_times(count, kind):
+    """t >= r, (count,) each; in a quarter of the rows r = t, which is plain flow matching."""
+    both = torch.rand(2, count) if kind == "uniform" else (2 * torch.randn(2, count) - 2).sigmoid()
+    t, r = both.sort(0, descending=True)[0]
+    return t, torch.where(torch.rand(count) < 0.25, t, r)
+
+
+def tune_meanflow(model, options, with_alpha=False):
     """(averaged MeanFlow, steps) after options.seconds of tuning from the model, which also teaches it."""
     torch.manual_seed(options.seed)
+    torch.set_num_threads(1)
     source = options.data or model.config.data
     data = open_dataset(source, model.shape[-1], options.seed)
     flow = MeanFlow(model.net)
     ema = copy.deepcopy(flow).requires_grad_(False)
     weights = [p for p in flow.parameters() if p.requires_grad]
-    optimizer = torch.optim.RAdam(weights, options.lr, (0.9, 0.999))
+    optimizer = make_optimizer(options, flow.net, model.dtype)
     loss_of = torch.compile(meanflow_loss)
-    spent, step, bar = 0.0, 0, tqdm(total=round(options.seconds), unit="s")
+    spent, step, bar, seen = 0.0, 0, tqdm(total=round(options.seconds), unit="s"), set()
     while spent < options.seconds:
-        start = time.perf_counter()
+        start, progress = time.process_time(), spent / options.seconds
         x, y = data[step * 64 + np.arange(64)]
-        t, r = torch.rand(2, 64).sort(0, descending=True)[0]
-        r = torch.where(torch.rand(64) < 0.25, t, r)            # a quarter is plain flow matching
+        t, r = draw_times(64, options.times)
+        alpha = alpha_at(progress, options.curve) if with_alpha else None
         with autocast(model.device, model.dtype):
-            loss = loss_of(flow, model.net, x, y, t, r, torch.randn_like(x)).mean()
+            loss = loss_of(flow, model.net, x, y, t, r, torch.randn_like(x), options.power,
+                           alpha if alpha is None else torch.tensor(alpha)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        left = min(1, (1 - spent / options.seconds) / 0.7)      # train.py's learning rate, by time
-        rate = options.lr * min(1, (step + 1) / 50) * (0.5 - 0.5 * math.cos(math.pi * left))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        left = min(1, (1 - progress) / 0.7)                     # train.py's learning rate, by time
+        set_lr(optimizer, options.lr * min(1, (step + 1) / 50) * (0.5 - 0.5 * math.cos(math.pi * left)))
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(0.99, (1 + step) / (10 + step))
+        decay = min(options.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(flow.parameters()), 1 - decay)
-        if step >= 2:                                           # the first steps compile
-            spent += time.perf_counter() - start
-            bar.update(round(time.perf_counter() - start, 3))
+        if (alpha is None) in seen:                             # the first step of each kind compiles
+            spent += time.process_time() - start
+            bar.update(round(time.process_time() - start, 3))
+        seen.add(alpha is None)
         step += 1
     return ema, step
 
@@ -240,20 +275,22 @@ def curves(model, options):
                 score(name, nfe, partial(unipc, net, times=grid))
 
 
-def meanflow(model, options):
-    flow, steps = tune_meanflow(model, options)
-    score, cost = Scorer(model, options), dict(train_seconds=options.seconds, train_steps=steps)
+def meanflow(model, options, with_alpha=False):
+    name = "AlphaFlow" if with_alpha else "MeanFlow"
+    flow, steps = tune_meanflow(model, options, with_alpha)
+    settings = {key: getattr(options, key) for key in ("optimizer", "lr", "ema", "power", "times")}
+    score, cost = Scorer(model, options), dict(train_seconds=options.seconds, train_steps=steps, **settings)
     for nfe in (1, 2, 4):
-        score("MeanFlow", nfe, partial(sample_meanflow, flow, times=torch.linspace(1, 0, nfe + 1)), **cost)
+        score(name, nfe, partial(sample_meanflow, flow, times=torch.linspace(1, 0, nfe + 1)), **cost)
     for t in (0.3, 0.4, 0.7):
         times = torch.tensor([1.0, t, 0.0])
-        score(f"MeanFlow, second call at {t}", 2, partial(sample_meanflow, flow, times=times), **cost)
+        score(f"{name}, second call at {t}", 2, partial(sample_meanflow, flow, times=times), **cost)
 
 
 def main(task, options):
-    tasks = {"curves": curves, "meanflow": meanflow}
+    tasks = {"curves": curves, "meanflow": meanflow, "alphaflow": partial(meanflow, with_alpha=True)}
     if task not in tasks or not options.ckpt:
-        raise UserError("expected curves --ckpt RUN or meanflow --ckpt RUN")
+        raise UserError("expected curves, meanflow or alphaflow, then --ckpt RUN")
     model = open_pipeline(options.ckpt, pick_device("cpu"))
     if model.config.transport != "linear":
         raise UserError(f"the peers are for transport linear; {options.ckpt} has {model.config.transport}")

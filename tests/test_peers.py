@@ -6,7 +6,8 @@ from torch.testing import assert_close
 from toys import Net, batch, calls_of, images_of
 
 from shapes import Shapes
-from experiments.peers import MeanFlow, dpm_solver_2m, heun, meanflow_loss, sample_meanflow
+from experiments.peers import (MeanFlow, alpha_at, dpm_solver_2m, draw_times, heun, meanflow_loss,
+                               sample_meanflow)
 from experiments.pose import draws
 from features import Inception
 from fid import precision_recall
@@ -93,6 +94,41 @@ def test_meanflow_starts_as_the_velocity_and_knows_straight_paths(x_pred):
     constant = lambda value: lambda x_t, *rest: torch.full_like(x_t, value)
     loss = meanflow_loss(constant(5.0), constant(2.0), x, y, t, t / 2, torch.randn_like(x))
     assert_close(loss, torch.full((4,), 9 / 9.001))
+
+
+@pytest.mark.parametrize("power", [0.0, 0.75])
+def test_alphaflow_goes_from_the_velocity_to_meanflow(power):
+    """For u(x, r, t) = x + t^2 - r, the teacher's v = x / 2 and alpha: at 1 the target is v; at alpha it is
+    alpha v + (1 - alpha) u(x - alpha (t - r) v, r, t - alpha (t - r)); where r = t it is v. For small alpha
+    it lies alpha times as far from u as MeanFlow's. In all but those rows the weight carries alpha, too."""
+    half = lambda x, t, y: x / 2
+    flow = lambda x, r, t, y: x + (t**2 - r).view(-1, 1, 1, 1)
+    x, z = torch.randn(2, 4, 1, 2, 2, dtype=DOUBLE)
+    t = torch.tensor([0.9, 0.8, 0.5, 0.7], dtype=DOUBLE)
+    r = torch.tensor([0.1, 0.0, 0.4, 0.7], dtype=DOUBLE)
+    loss = lambda alpha: meanflow_loss(flow, half, x, None, t, r, z, power, alpha)
+    wide = lambda t: t.view(-1, 1, 1, 1)
+    x_t = wide(t) * z + (1 - wide(t)) * x
+    for alpha in (1.0, 0.4):
+        step = alpha * (t - r)
+        after = flow(x_t - wide(step) * x_t / 2, r, t - step, None)
+        target = torch.where(wide(r == t), x_t / 2, alpha * x_t / 2 + (1 - alpha) * after)
+        square = (flow(x_t, r, t, None) - target).square().flatten(1).mean(1)
+        weight = torch.tensor([alpha, alpha, alpha, 1], dtype=DOUBLE)
+        assert_close(loss(torch.tensor(alpha, dtype=DOUBLE)), weight * square / (square + 1e-3) ** power)
+    small = torch.tensor(1e-5, dtype=DOUBLE)
+    near = meanflow_loss(flow, half, x, None, t, r, z, 0.0, small) / torch.where(r == t, 1, small**3)
+    assert_close(near, meanflow_loss(flow, half, x, None, t, r, z, 0.0), rtol=1e-3, atol=1e-9)
+
+
+def test_alphaflow_s_curriculum_and_meanflow_s_times():
+    assert [alpha_at(progress, 25.0) for progress in (0.0, 0.5, 1.0)] == [1.0, 0.5, None]
+    assert alpha_at(0.4, 25.0) == pytest.approx(1 / (1 + np.exp(-2.5)))
+    for kind, median in (("uniform", 0.5), ("lognormal", 1 / (1 + np.exp(2)))):
+        t, r = draw_times(40_000, kind)
+        assert (t >= r).all() and (t == r).float().mean().item() == pytest.approx(0.25, abs=0.01)
+        both = torch.cat([t, r])[(t != r).repeat(2)]
+        assert both.median().item() == pytest.approx(median, abs=0.01)
 
 
 # ---- scores -------------------------------------------------------------------------------------------
