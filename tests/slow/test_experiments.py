@@ -82,8 +82,8 @@ def test_report_makes_the_cells_of_results_md():
 
 @pytest.mark.parametrize("command, size", [
     (f"grids.py --few {MODEL} --many {MODEL} --columns 2 --rows 1 --out OUT/page.png", (288, 188)),
-    ("plot.py --train_steps 2 --out OUT/page.png", (1430, 429)),
-    ("plot.py straight --out OUT/page.png", (1540, 352)),
+    ("plot.py --train_steps 2 --out OUT/page.png", (1430, 357)),
+    ("plot.py straight --out OUT/page.png", (1540, 374)),
     ("report.py experiments/results/curves-0.jsonl --out OUT", (910, 546)),
 ], ids=["grids", "plot", "straight", "report"])
 def test_a_figure_is_drawn(command, size, tmp_path):
