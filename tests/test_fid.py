@@ -217,13 +217,25 @@ def test_a_model_without_classes_is_scored_without_them(tmp_path):
 
 def test_the_line_says_what_decides_the_number(tmp_path, stand_in, capsys):
     folder = write_folder(tmp_path / "real", images_of(32, 2, 10))
-    fid.main(Options(ckpt=SHIPPED, ref=folder, num=6, seed=2, steps=2, metrics="fid"))
+    fid.main(Options(ckpt=SHIPPED, ref=folder, num=6, seed=2, steps=3, metrics="fid"))
     *_, people, line = capsys.readouterr().out.strip().splitlines()
     line = json.loads(line)
-    assert people == f"FID {line['FID']:.4g} of 6 images at 2 network calls"
-    assert line["NFE"] == line["sampler"]["steps"] == 2 and line["seeds"] == [12, 17] and line["N"] == 6
+    assert people == f"FID {line['FID']:.4g} of 6 images at 3 network calls"
+    assert line["NFE"] == line["sampler"]["steps"] == 3 and line["seeds"] == [12, 17] and line["N"] == 6
     assert StandIn.hash in line["features"] and line["ref"] == folder and line["ckpt"] == SHIPPED
     assert {"FID", "ref_hash", "resize", "uint8", "versions", "dtype", "device"} <= line.keys()
+    other = evaluate(Options(ckpt=SHIPPED, ref=folder, num=6, seed=2, steps=1, metrics="fid"))
+    assert other["FID"] != line["FID"]          # the images were drawn as the flags say
+
+
+def test_the_classifier_sees_no_stream_that_scores_use(monkeypatch):
+    """Scores take their real images from seed 1000, data of a run from its seed, 0 by default."""
+    seen = []
+    open_it = lambda source, size, seed: seen.append(seed) or Shapes(size, seed)
+    monkeypatch.setattr(fid, "open_dataset", open_it)
+    monkeypatch.setattr(fid, "train_features", lambda data, path: seen.append(data.seed))
+    fid.main(Options(train=True, image_size=32))
+    assert seen == [1, 1]
 
 
 def test_the_shipped_two_step_model():
