@@ -236,6 +236,8 @@ def test_the_classifier_sees_no_stream_that_scores_use(monkeypatch):
     monkeypatch.setattr(fid, "train_features", lambda data, path: seen.append(data.seed))
     fid.main(Options(train=True, image_size=32))
     assert seen == [1, 1]
+    features.small_features("shapes", lambda seed: seen.append(seed) or Shapes(32, seed), None)
+    assert seen[2:] == [1]
 
 
 def test_the_shipped_two_step_model():
