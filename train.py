@@ -138,9 +138,12 @@ def load_start(config, net, names):
                         "if that is intended, add --allow_change")
     shapes, needed = ({name: v.shape for name, v in n.state_dict().items()} for n in (start, net))
     if shapes != needed or (other.transport, other.x_pred) != (config.transport, config.x_pred):
-        was, now = (f"{c.model} on {c.transport}, {n.input_size} px, {n.num_classes} classes and null, "
+        was, now = (f"{c.model} on {c.transport}, {n.input_size} px, {n.num_classes} classes, "
                     f"x_pred {c.x_pred}" for c, n in ((other, start), (config, net)))
-        raise UserError(f"{config.init_from} is {was}; this run is {now}")
+        hint = ""
+        if start.num_classes + 1 == net.num_classes:
+            hint = ": its class table has no null row"
+        raise UserError(f"{config.init_from} is {was}; this run is {now}{hint}")
     net.load_state_dict(start.state_dict())
 
 
