@@ -77,7 +77,8 @@ def find_classes(root, keep=True):
             stat = os.stat(path)
             file = path[start:], stat.st_size, stat.st_mtime_ns
             digest.update(f"{file}\n".encode())
-            files += [file] * keep
+            if keep:
+                files.append(file)
             counts[label] += 1
     except OSError as error:
         raise UserError(f"cannot read folder {root} ({one_line(error)}): {expected}") from error

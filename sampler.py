@@ -60,7 +60,7 @@ def is_guided(transport, t, cfg_scale, cfg_interval):
 
 
 def renew(z_hat, rho, transport, t, i, noise):
-    """Replace a share rho of its variance. "sde": 2 |dt| alpha(t_i) / alpha(t_{i+1})^2, at most 1."""
+    """Renew a share rho of its variance. "sde": rho is 2 |dt| alpha(t_i) / alpha(t_{i+1})^2, at most 1."""
     if rho == "sde":
         rho = 2 * (t[i] - t[i + 1]).abs() * transport.alpha(t[i]) / transport.alpha(t[i + 1]) ** 2
         rho = rho.clamp(0, 1).item()

@@ -56,7 +56,6 @@ class Options:
     power: float = setting(1.0, "p of the adaptive weight")
     times: str = setting("uniform", "of t and r; lognormal: MeanFlow's for CIFAR-10, sigmoid(2 n - 2)",
                          choices=("uniform", "lognormal"))
-    curve: float = setting(25.0, "steepness of AlphaFlow's sigmoid from alpha 1 to 0")
 
 
 # ---- other samplers -----------------------------------------------------------------------------------
@@ -159,10 +158,10 @@ def meanflow_loss(flow, teacher, x, y, t, r, z, power=1.0, alpha=None):
     return weight * square / (square.detach() + 1e-3) ** power
 
 
-def alpha_at(progress, curve):
-    """AlphaFlow's alpha at a share 0..1 of the training: a sigmoid from 1 to 0; None, the limit, from .005
-    on."""
-    alpha = 1 / (1 + math.exp(curve * (progress - 0.5)))
+def alpha_at(progress):
+    """AlphaFlow's alpha at a share 0..1 of the training: a sigmoid from 1 to 0. None, below .005,
+    stands for its limit."""
+    alpha = 1 / (1 + math.exp(25 * (progress - 0.5)))
     return None if alpha < 0.005 else 1.0 if alpha > 0.995 else alpha
 
 
@@ -189,7 +188,7 @@ def tune_meanflow(model, options, with_alpha=False):
         start, progress = time.process_time(), spent / options.seconds
         x, y = data[step * 64 + np.arange(64)]
         t, r = draw_times(64, options.times)
-        alpha = alpha_at(progress, options.curve) if with_alpha else None
+        alpha = alpha_at(progress) if with_alpha else None
         with autocast(model.device, model.dtype):
             loss = loss_of(flow, model.net, x, y, t, r, torch.randn_like(x), options.power,
                            alpha if alpha is None else torch.tensor(alpha)).mean()
