@@ -43,12 +43,11 @@ class FiniteDataset:
     """A finite set as an endless stream: reshuffled each epoch, mirrored at random if `mirror`.
 
     read(indices, flip) -> float32 (B, C, S, S) with the rows of flip (bool) mirrored; labels (N,) int.
-    identity: bytes that say which images these are, in which order, or their sha256 in hexadecimal.
+    digest: a hash, in hexadecimal, of which images these are, in which order.
     """
 
-    def __init__(self, read, labels, shape, names, seed, mirror=False, identity=b""):
+    def __init__(self, read, labels, shape, names, seed, mirror=False, digest=""):
         self.read, self.labels, self.shape, self.names = read, np.asarray(labels), tuple(shape), names
-        digest = identity if isinstance(identity, str) else hashlib.sha256(identity).hexdigest()
         self.fingerprint = f"{len(self.labels)} images, {digest[:12]}"
         self.seed, self.mirror, self.rows = seed, mirror, np.arange(len(self.labels))   # rows in the stream
 
@@ -100,9 +99,9 @@ def open_folder(path, size, seed, cache):
         files = [f"{name} {length}" for name, length, _ in folder.files]
         read = lambda file: read_square(os.path.join(path, file.rpartition(" ")[0]), size)
         found = read_images(files, read, size, path, "images", folder.key, cache)
-    x, bad, identity = found
+    x, bad, digest = found
     labels = np.delete(folder.labels, bad)
-    return FiniteDataset(uint8_reader(x), labels, x.shape[1:], folder.classes, seed, True, identity)
+    return FiniteDataset(uint8_reader(x), labels, x.shape[1:], folder.classes, seed, True, digest)
 
 
 def from_arrays(x, y, names, seed, mirror=False):
@@ -127,7 +126,8 @@ def from_arrays(x, y, names, seed, mirror=False):
     if not names:
         found, y = np.unique(y, return_inverse=True)
         names = [str(k) for k in found]
-    return FiniteDataset(uint8_reader(x), y, x.shape[1:], names, seed, mirror, x.tobytes() + y.tobytes())
+    digest = hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()
+    return FiniteDataset(uint8_reader(x), y, x.shape[1:], names, seed, mirror, digest)
 
 
 def open_npz(path, seed):

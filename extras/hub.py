@@ -110,4 +110,5 @@ def open_hub(path, size, seed, labels, cache=None, test=False):
     key = hashlib.sha256(data._fingerprint.encode()).hexdigest()[:16]
     x, bad, _ = read_images(range(len(data)), read, size, source, split, key, cache)
     y, sizes = np.delete(y, bad), np.delete(sizes, bad)
-    return FiniteDataset(uint8_reader(x), y, x.shape[1:], names, seed, True, y.tobytes() + sizes.tobytes())
+    digest = hashlib.sha256(y.tobytes() + sizes.tobytes()).hexdigest()
+    return FiniteDataset(uint8_reader(x), y, x.shape[1:], names, seed, True, digest)

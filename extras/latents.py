@@ -386,7 +386,7 @@ def open_latents(path, seed, vae=""):
         return torch.from_numpy(x).sub_(mean).div_(std)
     names = names or [str(k) for k in range(max(1000, int(labels.max()) + 1))]
     identity = b"".join(shard["labels"].tobytes() + shard["latents"][0].tobytes() for shard in shards)
-    data = FiniteDataset(read, labels, shape, names, seed, mirror=True, identity=identity)
+    data = FiniteDataset(read, labels, shape, names, seed, True, hashlib.sha256(identity).hexdigest())
     data.latent = vae, tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
     return data
 

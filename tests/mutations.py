@@ -194,7 +194,7 @@ CHANGES = [
     ("data.py", "images.flip(-1)", "images.flip(-2)"),
     ("data.py", "np.delete(folder.labels, bad)", "folder.labels[:len(x)]"),
     ("data.py", "find_classes(path, keep=False)", "find_classes(path)"),
-    ("data.py", "folder.classes, seed, True, identity", "folder.classes, seed, False, identity"),
+    ("data.py", "folder.classes, seed, True, digest", "folder.classes, seed, False, digest"),
     ("data.py", "np.moveaxis(x, 3, 1)", "np.swapaxes(x, 3, 1)"),
     ("data.py", "found, y = np.unique(y, return_inverse=True)", "found = np.unique(y)"),
     ("data.py", "x.tobytes() + y.tobytes()", "x.tobytes()"),
@@ -246,8 +246,8 @@ CHANGES = [
     ("extras/hub.py", "y.tobytes() + sizes.tobytes()", "y.tobytes()"),
     ("extras/hub.py", "y.tobytes() + sizes.tobytes()", "sizes.tobytes()"),
     ("extras/hub.py", "np.delete(y, bad)", "y[:len(x)]"),
-    ("extras/hub.py", "names, seed, True, y.tobytes()", "names, seed, False, y.tobytes()"),
-    ("extras/hub.py", "names, seed, True, y.tobytes()", "names, 0, True, y.tobytes()"),
+    ("extras/hub.py", "names, seed, True, digest", "names, seed, False, digest"),
+    ("extras/hub.py", "hashlib.sha256(y.tobytes() +", "names, 0, True, y.tobytes()"),
 
     # ---- shapes.py
     ("shapes.py", "for number in numbers:", "for number in sorted(numbers):"),
