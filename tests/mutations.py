@@ -247,7 +247,7 @@ CHANGES = [
     ("extras/hub.py", "y.tobytes() + sizes.tobytes()", "sizes.tobytes()"),
     ("extras/hub.py", "np.delete(y, bad)", "y[:len(x)]"),
     ("extras/hub.py", "names, seed, True, digest", "names, seed, False, digest"),
-    ("extras/hub.py", "hashlib.sha256(y.tobytes() +", "names, 0, True, y.tobytes()"),
+    ("extras/hub.py", "names, seed, True, digest", "names, 0, True, digest"),
 
     # ---- shapes.py
     ("shapes.py", "for number in numbers:", "for number in sorted(numbers):"),
