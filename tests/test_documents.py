@@ -3,6 +3,7 @@
 The diffs in CONTRIBUTING.md are made from EDITS. When the lines around an edit have changed,
 `PYTHONPATH=. python tests/test_documents.py` writes them anew.
 """
+import hashlib
 import ast
 import difflib
 import json
@@ -244,7 +245,8 @@ def test_the_network_in_contributing_trains_and_samples(tmp_path, monkeypatch, c
 def test_the_floats_in_contributing_stream_unchanged(tmp_path):
     x = np.random.default_rng(0).uniform(-1, 1, (20, 2, 8, 8)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
-    names = {"np": np, "torch": torch, "FiniteDataset": FiniteDataset, "path": tmp_path / "x.npy", "seed": 3}
+    names = {"np": np, "torch": torch, "hashlib": hashlib, "FiniteDataset": FiniteDataset,
+             "path": tmp_path / "x.npy", "seed": 3}
     exec(blocks(CONTRIBUTING, "python", "<!-- floats -->")[0], names)
     shown, y = names["data"][np.arange(20)]
     order = np.argsort(shown[:, 0, 0, 0].numpy())
