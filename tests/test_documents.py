@@ -3,9 +3,9 @@
 The diffs in CONTRIBUTING.md are made from EDITS. When the lines around an edit have changed,
 `PYTHONPATH=. python tests/test_documents.py` writes them anew.
 """
-import hashlib
 import ast
 import difflib
+import hashlib
 import json
 import math
 import re
