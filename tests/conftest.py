@@ -22,6 +22,11 @@ def pytest_xdist_auto_num_workers(config):
     return 0
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test goes first: last, it would keep one process busy while the others wait."""
+    items.sort(key=lambda item: "test_promise" not in item.nodeid)
+
+
 def pytest_terminal_summary(terminalreporter):
     """What was skipped, and what would run it."""
     reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
