@@ -21,6 +21,7 @@ from checkpoint import find_states
 from config import Config, UserError, text_of
 from data import image_grid
 from engine import atomic_write, claim_folder, ignore_disk_errors, print0, rank_and_world, sum_over_ranks
+from objective import WEIGHTS
 from recipes import RECIPES
 from sample import generate
 
@@ -94,7 +95,7 @@ class LossByTime:
 
     def add(self, loss, t):
         """Add loss, t (B,), leaving out what is not finite."""
-        plain = loss / self.objective.weight(t.clamp(max=1 - 1e-4))
+        plain = loss / WEIGHTS[self.objective.time_weight](t.clamp(max=1 - 1e-4))
         rows = torch.stack([loss, plain, torch.ones_like(t)], 1)                        # (B, 3)
         rows = torch.where(loss.isfinite()[:, None], rows, 0.0)
         self.sums.index_add_(0, (5 * t).long().clamp(max=4), rows)

@@ -152,7 +152,8 @@ def null_of(net):
 
 # ---- the objective -------------------------------------------------------------------------------------
 
-CHOICES = {"style": ("none", "ft-vs-fe", "fc-vs-fe", "fc-vs-xz"), "time_weight": ("cosine", "none"),
+WEIGHTS = {"cosine": cos, "none": one}
+CHOICES = {"style": ("none", "ft-vs-fe", "fc-vs-fe", "fc-vs-xz"), "time_weight": tuple(WEIGHTS),
            "derivative": ("central", "backward", "jvp"), "loss": ("root", "log")}
 
 
@@ -214,25 +215,19 @@ class Objective:
         drop = torch.rand(len(x), **source) < self.label_drop
         return t.to(x), z.to(x.device), drop.to(x.device)
 
-    def weight(self, t):
-        """The time weight (B,) of t (B,)."""
-        return cos(t) if self.time_weight == "cosine" else one(t)
-
     def __call__(self, net, x, y, t, z, drop, teacher=None, lam=None):
         """The loss of each sample, (B,), time weight included.
 
         net, teacher: (x_t, t, y) -> F like x_t. x, z (B, C, H, W), t (B,) in [0, 1], y (B,) int64 or (B, ...)
         of any kind; drop (B,) bool: rows whose y becomes null_of(net)'s. lam: where lam moves during a run,
-        its current value as a scalar tensor. ValueError: no null class, or no teacher.
+        its current value as a scalar tensor. ValueError: zeta needs a null class, or a teacher.
         """
         transport, null = resolve(self.transport), null_of(net)
         self.check_networks(null, teacher is not None)
         if null:
             y = torch.where(expand(drop, y), null(y), y)
-        elif getattr(net, "num_classes", None) == 0:
-            drop = torch.zeros_like(drop)               # without classes there is nothing to drop
-        elif drop.any():
-            raise ValueError("labels are dropped, but the network has no null class: set label_drop to 0")
+        else:
+            drop = torch.zeros_like(drop)               # nothing can be dropped
         t = t.clamp(1e-4, 1 - 1e-4)                     # at 0 and 1 the formulas exist only as limits
         alpha, gamma, alpha_hat, gamma_hat = transport.at(t, x)
         x_t = alpha * z + gamma * x                                                          # (B, C, H, W)
@@ -258,7 +253,7 @@ class Objective:
         loss = square.sqrt() - self.huber if self.loss == "root" else (square / (self.huber**2 or 1)).log()
         if self.cosine_loss:        # eps: torch's 1e-8 gives an output that starts at 0 a huge gradient
             loss = loss + (1 - F.cosine_similarity(F_t, target, dim=1, eps=1e-3)).flatten(1).mean(1)
-        return self.weight(t) * loss
+        return WEIGHTS[self.time_weight](t) * loss
 
     def check_networks(self, null, has_teacher):
         if self.zeta > 0 and not has_teacher:

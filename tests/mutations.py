@@ -310,7 +310,7 @@ CHANGES = [
     ("log.py", "line = line | {name: None for name, value in numbers.items() if not math.isfinite(value)}",
      "line = dict(line)"),
     ("log.py", 'path.read_text(errors="replace")', "path.read_text()"),
-    ("log.py", "plain = loss / self.objective.weight(t.clamp(max=1 - 1e-4))", "plain = loss"),
+    ("log.py", "plain = loss / WEIGHTS[self.objective.time_weight](t.clamp(max=1 - 1e-4))", "plain = loss"),
     ("log.py", "        rows = torch.where(loss.isfinite()[:, None], rows, 0.0)\n", ""),
     ("log.py", "        self.sums.zero_()\n", ""),
     ("log.py", "loss / count if count else None, ", "loss / max(count, 1), "),

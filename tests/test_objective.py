@@ -338,12 +338,13 @@ def test_enhancement_is_inside_an_open_range():
         assert_close(found[k], ((v + F_y) / 2)[k])
 
 
+@pytest.mark.parametrize("num_classes", [0, None])
 @pytest.mark.parametrize("style", ["none", "fc-vs-xz"])
-def test_without_classes_nothing_is_dropped(style):
-    """A network with 0 classes: the labels stay 0, and fc-vs-xz needs no null class."""
+def test_without_a_null_class_nothing_is_dropped(style, num_classes):
+    """A network with 0 classes, or one that does not say how many: labels stay, and fc-vs-xz works."""
     x, z, t, _, drop = batch()
     y, net = torch.zeros(len(x), dtype=torch.int64), Net()
-    net.num_classes = 0
+    net.num_classes = num_classes
     calls, zeta = calls_of(net), float(style != "none")
     objective = Objective(zeta=zeta, style=style)
     loss = objective(net, x, y, t, z, drop, net if zeta else None)
@@ -406,7 +407,6 @@ guided = dict(zeta=1.0, style="fc-vs-fe")
     (dict(distil=True, zeta=1.0, style="fc-vs-xz", lam=1.0), {}, "distil .* lam between 0 and 1"),
     (dict(transport="epsilon-prediction", lam=1.0, zeta=1.0, style="fc-vs-xz"), {}, "those that can"),
     (guided, dict(net=Net()), "teacher"), (guided, dict(net=bare, teacher=bare, drop=False), "null class"),
-    (dict(), dict(net=bare), "null class"),
     (dict(), dict(net=lambda x, t, y: x[:, :1], drop=False),
      r"returns \(12, 1, 4, 4\) for x \(12, 3, 4, 4\)"),
     *((dict([(name, math.nan)]), {}, name) for name in ("zeta", "huber", "dt", "lam"))])
