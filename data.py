@@ -191,8 +191,8 @@ def class_number(text, names):
         return names.index(text)
     if text.isdigit() and int(text) < len(names):
         return int(text)
-    listed = textwrap.shorten(", ".join(names), 200)
-    raise UserError(f"no class {text!r}; use 0..{len(names) - 1}, or a name: {listed}")
+    listed = textwrap.shorten(", ".join(names), 200) or "leave it out"
+    raise UserError(f"no class {text!r} of {len(names)}, numbered from 0: {listed}")
 
 
 # ---- noise, bytes and pages ---------------------------------------------------------------------------

@@ -230,8 +230,6 @@ def main(options):
     open_path = lambda path: open_pipeline(path, pick_device(options.device), options.dtype, options.recipe,
                                            options.vae, graph=True)
     pipeline = open_path(path)
-    if options.classes and not pipeline.names:
-        raise UserError(f"{path} was trained without classes: leave --classes out")
     classes = [class_number(word, pipeline.names) for word in options.classes.split(",") if word]
     nfe, steps = pipeline.nfe(**options.given()), pipeline.config.sampler(**options.given())["steps"]
     titles = [pipeline.names[k] for k in classes] or pipeline.names         # one column per class

@@ -12,7 +12,7 @@ import torchvision.datasets as sets
 from PIL import Image
 from torch.testing import assert_close
 
-from data import image_grid, noise_like_seed, open_dataset, to_uint8, uint8_reader
+from data import class_number, image_grid, noise_like_seed, open_dataset, to_uint8, uint8_reader
 from images import read_square
 from shapes import SHAPES, Shapes, derive_seed, uniforms
 
@@ -367,8 +367,10 @@ def test_classes_by_number_end_at_the_last_and_can_be_forgotten(npz):
     data = open_dataset(npz, labels="none")
     assert data.names == [] and (data[np.arange(40)][1] == 0).all() and len(data) == 40
     assert (open_dataset(npz, labels="2")[np.arange(13)][1] == 0).all()
-    with pytest.raises(ValueError, match="no class '3'; use 0..2"):
+    with pytest.raises(ValueError, match="no class '3' of 3, numbered from 0: 0, 1, 2"):
         open_dataset(npz, labels="3")
+    with pytest.raises(ValueError, match="no class '3' of 0, numbered from 0: leave it out"):
+        class_number("3", [])
 
 
 def test_labels_stay_with_their_images_where_one_cannot_be_read(tmp_path):
