@@ -1,5 +1,7 @@
 """Latents: encoded folders and their streams, the autoencoders of diffusers, and what fetch downloads."""
 import argparse
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +58,11 @@ def test_an_encoded_folder_and_its_stream(tmp_path, monkeypatch):
         assert_close(torch.cat([shard[name] for shard in shards]), expected)
     labels = torch.cat([shard["labels"] for shard in shards])
     assert labels.tolist() == [int(paths[k].parent.name[-1]) for k in numbers]
+
+    # a key of this form is in folders that were encoded long ago: with another, all would be encoded again
+    files = [[f"{p.parent.name}/{p.name}", p.stat().st_size, p.stat().st_mtime_ns] for p in paths[:20]]
+    key = hashlib.sha256(json.dumps([files, ["class0", "class1", "class2"], []]).encode()).hexdigest()[:16]
+    assert latents.map_shard(sorted(out.glob("*.safetensors"))[0])[1]["files"] == key
 
     rows = torch.cat([shard[name] for shard in shards for name in ("latents", "latents_flip")]).double()
     stats = torch.load(out / "latents_stats.pt", weights_only=True)
