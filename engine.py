@@ -63,8 +63,9 @@ def print0(*words):
         print(*words, flush=True)
 
 
-def rank_batches(count, batch_size, rank, world):
+def rank_batches(count, batch_size):
     """The first index of each of this process's batches, which are the same for any number of processes."""
+    rank, world = rank_and_world()
     return range(rank * batch_size, count, world * batch_size)
 
 

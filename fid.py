@@ -210,7 +210,7 @@ def stored_images(source, batch_size):
     print0(f"{path}: {len(files)} images; skipped: {listed(skipped)}")
     read = lambda path: np.asarray(read_rgb(path, on_white=False))      # as torch-fidelity and pytorch-fid
     order, bad = np.random.default_rng(0).permutation(len(files)), []   # IS needs all classes in each chunk
-    for first in rank_batches(len(files), batch_size, *rank_and_world()):
+    for first in rank_batches(len(files), batch_size):
         images, reasons = read_batch(files, order[first:first + batch_size], read)
         bad += reasons.values()
         for _, same_size in itertools.groupby(images.values(), key=np.shape):
@@ -231,7 +231,7 @@ def npz_images(path, batch_size):
                 if (dtype, len(shape), by_column) != (np.uint8, 4, False) or shape[-1] not in (1, 3):
                     continue
                 start, size = array.tell(), math.prod(shape[1:])
-                for first in rank_batches(shape[0], batch_size, *rank_and_world()):
+                for first in rank_batches(shape[0], batch_size):
                     count = min(batch_size, shape[0] - first)
                     array.seek(start + first * size)
                     x = torch.frombuffer(bytearray(array.read(count * size)), dtype=torch.uint8)
@@ -242,7 +242,7 @@ def npz_images(path, batch_size):
 
 def stream_images(data, start, num, batch_size):
     """(first, uint8 (B, C, S, S), y) of this process's batches of real images, from position `start` on."""
-    for first in rank_batches(num, batch_size, *rank_and_world()):
+    for first in rank_batches(num, batch_size):
         x, y = data[start + np.arange(first, min(first + batch_size, num))]
         yield first, to_uint8(x), y
 
@@ -360,7 +360,7 @@ def evaluate(options):
         floor = collect(stream_images(data, num, num, batch_size), num, features, what="images for the floor")
     if model:
         seeds = range(options.seed * num, (options.seed + 1) * num)
-        drawn = generate(model, seeds, batch_size, *rank_and_world(), **options.given())
+        drawn = generate(model, seeds, batch_size, rank_batches(num, batch_size), **options.given())
         images = ((first, to_uint8(x), y) for first, x, y in drawn)
         fake = collect(images, num, features, keep, "drawn images")
     else:

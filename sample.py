@@ -110,16 +110,14 @@ def open_pipeline(path, device, dtype="auto", recipe="", vae="", graph=False):
     return Pipeline(net, config, names, device, dtype, decode)
 
 
-def generate(pipeline, seeds, batch_size, rank=0, world=1, classes=None, on_step=None, skip=(), **given):
-    """(first, x, y) of this process's batches: images x (B, C, S, S) in [-1, 1] on the CPU, classes y (B,).
+def generate(pipeline, seeds, batch_size, firsts=None, classes=None, on_step=None, **given):
+    """(first, x, y) of each batch: images x (B, C, S, S) in [-1, 1] on the CPU, classes y (B,).
 
     Image k has seeds[k] and classes[k % len(classes)]; by default its class is seeds[k] modulo their number.
-    given: settings of the sampler. skip: batches to leave out, by their first index.
+    firsts: the batches to draw, by the index of their first image; None: all. given: settings of the sampler.
     """
     settings, count = pipeline.config.sampler(**given), max(1, pipeline.net.num_classes)
-    for first in rank_batches(len(seeds), batch_size, rank, world):
-        if first in skip:
-            continue
+    for first in range(0, len(seeds), batch_size) if firsts is None else firsts:
         batch = list(seeds[first:first + batch_size])
         labels = [seed % count for seed in batch]
         if classes:
@@ -178,10 +176,9 @@ def draw_npz(pipeline, seeds, options, classes):
     parts = Path(f"{options.out}.parts-{fingerprint.hexdigest()[:8]}")
     parts.mkdir(parents=True, exist_ok=True)
     files = {first: parts / f"{first:09d}.npz" for first in range(0, len(seeds), size)}
-    done = {first for first, file in files.items() if file.is_file()}
-    batches = generate(pipeline, seeds, size, rank, world, classes, skip=done, **options.given())
-    mine = len(set(rank_batches(len(seeds), size, rank, world)) - done)
-    for first, x, y in tqdm(batches, total=mine, unit="batch", disable=rank > 0):
+    todo = [first for first in rank_batches(len(seeds), size) if not files[first].is_file()]
+    batches = generate(pipeline, seeds, size, todo, classes, **options.given())
+    for first, x, y in tqdm(batches, total=len(todo), unit="batch", disable=rank > 0):
         save_arrays(files[first], x=to_uint8(x).permute(0, 2, 3, 1).numpy(), y=y.numpy())
     if world > 1:
         torch.distributed.barrier()

@@ -141,7 +141,7 @@ CHANGES = [
     ("sample.py", "inputs = [settings, seeds,", "inputs = [seeds,"),
     ("sample.py", "        fingerprint.update(value.cpu().float().numpy().tobytes())\n",
      "        fingerprint.update(str(value.shape).encode())\n"),
-    ("sample.py", "classes, skip=done, **options.given())", "classes, **options.given())"),
+    ("sample.py", " if not files[first].is_file()]", "]"),
     ("sample.py", "to_uint8(x).permute(0, 2, 3, 1)", "to_uint8(x).permute(0, 3, 2, 1)"),
     ("sample.py", "labels=y, seeds=np.array(seeds)", "labels=y, seeds=np.arange(len(seeds))"),
     ("sample.py", "        shutil.rmtree(parts)\n", ""),
@@ -290,7 +290,7 @@ CHANGES = [
     ("fid.py", "stream_images(data, num, num, batch_size)", "stream_images(data, 0, num, batch_size)"),
     ("fid.py", "range(options.seed * num, (options.seed + 1) * num)",
      "range(options.seed, options.seed + num)"),
-    ("fid.py", "*rank_and_world(), **options.given())", "*rank_and_world())"),
+    ("fid.py", "rank_batches(num, batch_size), **options.given())", "rank_batches(num, batch_size))"),
     ("fid.py", "round(value, 5)", "round(value, 1)"),
     ("fid.py", "options.image_size, 1)", "options.image_size, 1000)"),
 

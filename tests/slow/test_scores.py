@@ -42,7 +42,7 @@ from fid import Statistics
 init_distributed()
 rows = torch.randn(1000, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 50
 s = Statistics(keep=True)
-for first in rank_batches(1000, 64, *rank_and_world()):
+for first in rank_batches(1000, 64):
     part = rows[first:first + 64]
     s.add(first, {"pool": part, "scores": part / 50}, torch.arange(first, first + len(part)) // 70 % 9)
 s.merge()
