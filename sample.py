@@ -23,7 +23,7 @@ class Options(SamplerFlags):
     out: str = setting("samples.png", "a page (png jpg webp), an animation (gif), or uint8 arrays (npz)")
     classes: str = setting("", "names or numbers, separated by commas, used in turn; empty: all of them")
     seeds: str = setting("", "such as 0-63 or 3,5,8; empty: 0 to num - 1")
-    num: int | None = setting(None, "number of images [8 rows; 12 in a trajectory, 4 rows in a gif]", least=1)
+    num: int | None = setting(None, "number of images [8 rows; 12 in a trajectory, 20 in a gif]", least=1)
     beside: str = setting("", "another model, shown to the right in the animation")
     trajectory: bool = setting(False, "one row per image, one column per step: the predicted data")
     batch_size: int = setting(256, "images per batch", least=1)
@@ -55,8 +55,8 @@ from objective import null_of, resolve
 from sampler import check_sampler, is_guided, sample, time_grid
 
 SHIPPED = Path(__file__).parent / "assets/avatars-few.safetensors"
-# The largest side of each format in pixels; an npz has no limit.
-LARGEST = {".png": 100_000, ".jpg": 65_000, ".webp": 16_000, ".gif": 4_000, ".npz": float("inf")}
+PAGES = (".png", ".jpg", ".webp")
+LARGEST = 16_000        # the largest side of a page in pixels; a webp cannot have more than 16,383
 
 
 # ---- from a model to images ---------------------------------------------------------------------------
@@ -134,14 +134,12 @@ def generate(pipeline, seeds, batch_size, firsts=None, classes=None, on_step=Non
 
 # ---- a page, or many ----------------------------------------------------------------------------------
 
-def check_out(out, width, height):
-    """Make the folder of `out`. UserError if its format has no room for a page of this size in pixels."""
-    if max(width, height) > LARGEST[Path(out).suffix.lower()]:
-        raise UserError(f"a page of {width} x {height} pixels is too large for {out}: use --out samples.npz")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-
-
 def draw_page(pipeline, seeds, options, classes, columns, titles):
+    """Write options.out, a page of images. UserError, before the first is drawn, if it would be too large."""
+    steps = pipeline.config.sampler(**options.given())["steps"]
+    columns, rows = (steps, len(seeds)) if options.trajectory else (columns, -(-len(seeds) // columns))
+    if max(columns, rows) * (max(64, pipeline.net.input_size) + 4) > LARGEST:
+        raise UserError(f"{options.out}: {rows} rows of {columns} images are too many: use --out samples.npz")
     images, seen = [], {}               # seen: the title of a step -> what the model predicts there
     see = lambda i, t, x_hat: seen.update({f"{i + 1}: t {t:.2f}": x_hat})
     more = dict(classes=classes, on_step=see if options.trajectory else None, **options.given())
@@ -174,7 +172,7 @@ def draw_npz(pipeline, seeds, options, classes):
     for value in pipeline.net.state_dict().values():
         fingerprint.update(value.cpu().float().numpy().tobytes())
     parts = Path(f"{options.out}.parts-{fingerprint.hexdigest()[:8]}")
-    parts.mkdir(parents=True, exist_ok=True)
+    parts.mkdir(exist_ok=True)
     files = {first: parts / f"{first:09d}.npz" for first in range(0, len(seeds), size)}
     todo = [first for first in rank_batches(len(seeds), size) if not files[first].is_file()]
     batches = generate(pipeline, seeds, size, todo, classes, **options.given())
@@ -213,14 +211,11 @@ def read_seeds(text):
 
 def main(options):
     world, suffix = rank_and_world()[1], Path(options.out).suffix.lower()
-    if suffix not in LARGEST:
-        raise UserError(f"--out {options.out!r} must end in one of {', '.join(LARGEST)}")
-    if options.trajectory and suffix in (".gif", ".npz"):
-        raise UserError("--trajectory draws a page: use --out samples.png")
-    if options.beside and suffix != ".gif":
-        raise UserError("--beside is for animations: use --out film.gif")
-    if world > 1 and suffix != ".npz":
-        raise UserError("several processes can only write arrays: use --out samples.npz")
+    rules = [(True, "images", (*PAGES, ".gif", ".npz")), (options.trajectory, "--trajectory", PAGES),
+             (options.beside, "--beside", (".gif",)), (world > 1, "more than one process", (".npz",))]
+    for applies, what, endings in rules:
+        if applies and suffix not in endings:
+            raise UserError(f"--out is {options.out}; for {what} it must end in {' or '.join(endings)}")
     check_writable(Path(options.out).parent)
     init_distributed()
     path = options.ckpt or newest_model(options.recipe)
@@ -231,20 +226,16 @@ def main(options):
     nfe, steps = pipeline.nfe(**options.given()), pipeline.config.sampler(**options.given())["steps"]
     titles = [pipeline.names[k] for k in classes] or pipeline.names         # one column per class
     columns, titles = (len(titles), titles) if 4 <= len(titles) <= 12 else (8, [])
-    if suffix == ".gif":
-        columns = min(columns, 5)
-    usual = 12 if options.trajectory else columns * (4 if suffix == ".gif" else 8)
+    usual = 12 if options.trajectory else 20 if suffix == ".gif" else 8 * columns
     seeds = read_seeds(options.seeds or f"0-{(options.num or usual) - 1}")
-    rows = len(seeds) if options.trajectory else -(-len(seeds) // columns)
-    cell = max(64, pipeline.net.input_size) + 4
-    check_out(options.out, (steps if options.trajectory else columns) * cell, 18 + rows * cell)
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     if suffix == ".npz":
         draw_npz(pipeline, seeds, options, classes)
     elif suffix == ".gif":
         from extras.film import draw_film
         pipelines = [pipeline] + ([open_path(options.beside)] if options.beside else [])
-        draw_film(pipelines, seeds, options, classes, columns)
+        draw_film(pipelines, seeds, options, classes)
     else:
         draw_page(pipeline, seeds, options, classes, columns, titles)
     seconds = time.perf_counter() - start

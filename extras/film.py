@@ -7,10 +7,10 @@ from PIL import Image, ImageDraw, ImageFont
 from data import image_grid, noise_like_seed
 from sample import generate
 
-GAP, TITLE = 24, 20             # pixels between two models, and above each
+COLUMNS, GAP, TITLE = 5, 24, 20         # images per row; pixels between two models, and above each
 
 
-def draw_film(pipelines, seeds, options, classes, columns):
+def draw_film(pipelines, seeds, options, classes):
     """Write options.out, a gif with one page per call, for several models side by side."""
     films = []
     for pipeline in pipelines:
@@ -18,7 +18,7 @@ def draw_film(pipelines, seeds, options, classes, columns):
         see = lambda i, t, x_hat, frames=frames: frames.append(x_hat)
         next(generate(pipeline, seeds, len(seeds), classes=classes, on_step=see, **options.given()))
         films.append([(f"{pipeline.config.recipe}: call {k} of {len(frames) - 1}",
-                       image_grid(pipeline.to_images(x), columns)) for k, x in enumerate(frames)])
+                       image_grid(pipeline.to_images(x), COLUMNS)) for k, x in enumerate(frames)])
     width, height = films[0][0][1].size
     pages = []
     for i in range(max(map(len, films))):

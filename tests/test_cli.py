@@ -322,7 +322,7 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("sample.py", "--num 0", "num"),
     ("sample.py", "--out image.txt", "image.txt"),
     ("sample.py", "--out s.npz --trajectory", "trajectory"),
-    ("sample.py", "--beside nowhere", "film.gif"),
+    ("sample.py", "--beside nowhere", "must end in .gif"),
     ("sample.py", "--batch_size 0", "batch_size"),
     ("sample.py", "--seeds 18446744073709551616", "18446744073709551616"),
     ("sample.py", "--out missing.jpg --num 300000", "missing.jpg"),
