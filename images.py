@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from config import UserError
-from engine import as_one_error, atomic_write, locked, one_line, print0, rank_and_world
+from engine import as_one_error, atomic_write, locked, print0, rank_and_world
 
 CACHE_FROM = 500            # a folder with fewer images is read again at each start
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -65,25 +65,22 @@ class Folder(NamedTuple):
 def find_classes(root, keep=True):
     """The Folder of `root`: each sub-folder with images in it, or deeper, is a class. Unless `keep`, its list
     of files, which may be long, stays empty."""
-    expected = "expected one sub-folder per class: PATH/cats/1.png, PATH/dogs/2.jpg"
     counts, skipped, start = collections.Counter(), collections.Counter(), len(os.path.join(root, ""))
     files, digest = [], hashlib.sha256()
-    try:
-        for path in find_images(root, skipped):
-            label, is_inside, _ = path[start:].partition(os.sep)
-            if not is_inside:
-                skipped["outside a class"] += 1
-                continue
-            stat = os.stat(path)
-            file = path[start:], stat.st_size, stat.st_mtime_ns
-            digest.update(f"{file}\n".encode())
-            if keep:
-                files.append(file)
-            counts[label] += 1
-    except OSError as error:
-        raise UserError(f"cannot read folder {root} ({one_line(error)}): {expected}") from error
+    for path in find_images(root, skipped):
+        label, is_inside, _ = path[start:].partition(os.sep)
+        if not is_inside:
+            skipped["outside a class"] += 1
+            continue
+        stat = os.stat(path)
+        file = path[start:], stat.st_size, stat.st_mtime_ns
+        digest.update(f"{file}\n".encode())
+        if keep:
+            files.append(file)
+        counts[label] += 1
     if not counts:
-        raise UserError(f"no images in the sub-folders of {root}; {expected}")
+        raise UserError(f"no images in the sub-folders of {root}: put them into one sub-folder per class, "
+                        "such as PATH/cats/1.png and PATH/dogs/2.jpg")
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), [*counts.values()])     # files are sorted
     return Folder(str(root), files, digest.hexdigest()[:16], labels, [*counts], skipped)
 
