@@ -172,24 +172,24 @@ def read_images(items, read, size, title, name, key, cache=None):
 
     cache: a folder that keeps this in files, under `name` and until `key` (16 hexadecimal digits) changes.
     """
-    use_cache, buffer = bool(cache) and len(items) >= CACHE_FROM, io.BytesIO()
-    file, notes = Path(cache or "") / f"{name}{size}_{key}.bin", []
+    if not cache or len(items) < CACHE_FROM:
+        buffer = io.BytesIO()
+        notes = write_images(items, read, title, buffer)
+        return np.frombuffer(buffer.getbuffer(), np.uint8).reshape(-1, 3, size, size), *notes
+    file, notes = Path(cache) / f"{name}{size}_{key}.bin", []
 
     def write(path):
         with open(path, "wb") as opened:
             notes.extend(write_images(items, read, title, opened))
-    with locked(cache if use_cache else None):
-        if use_cache and not read_cache(name, size, key, cache):
-            try:
+    try:
+        with locked(cache):             # one process reads the images; the others then find its file
+            if not read_cache(name, size, key, cache):
                 for old in file.parent.glob(f"{name}{size}_{'[0-9a-f]' * 16}.*"):
                     old.unlink()
                 atomic_write(file, write)
                 text = json.dumps(notes)
                 atomic_write(file.with_suffix(".notes"), lambda path: path.write_text(text))    # last: done
-            except OSError as error:
-                print0(f"{file} cannot be written ({error}): the images stay in memory")
-                use_cache = False
-        if use_cache:
-            return read_cache(name, size, key, cache)
-    notes = write_images(items, read, title, buffer)
-    return np.frombuffer(buffer.getbuffer(), np.uint8).reshape(-1, 3, size, size), *notes
+        return read_cache(name, size, key, cache)
+    except OSError as error:
+        print0(f"{file} cannot be written ({error}): the images stay in memory")
+        return read_images(items, read, size, title, name, key)

@@ -225,9 +225,9 @@ CHANGES = [
     ("images.py", "max(10, count // 100)", "min(10, count // 100)"),
     ("images.py", " or len(reasons) == count:", ":"),
     ("images.py", "        bad |= reasons\n", "        bad |= {k + 1: reasons[k] for k in reasons}\n"),
-    ("images.py", "locked(cache if use_cache else None)", "locked(None)"),
-    ("images.py", "if use_cache and not read_cache(name, size, key, cache):", "if use_cache:"),
-    ("images.py", "                use_cache = False\n", "                raise\n"),
+    ("images.py", "with locked(cache):", "with locked(None):"),
+    ("images.py", "if not read_cache(name, size, key, cache):", "if True:"),
+    ("images.py", "        return read_images(items, read, size, title, name, key)\n", "        raise\n"),
     ("images.py", "                    old.unlink()\n", "                    pass\n"),
     ("images.py", 'np.memmap(file, np.uint8, "r")', "np.fromfile(file, np.uint8)"),
 
