@@ -49,7 +49,6 @@ def config_from(metadata):
 
 # ---- models -------------------------------------------------------------------------------------------
 
-NETWORK = ("num_classes", "in_channels", "input_size", "patch_size", "blocks")      # required attributes
 NO_WEIGHTS = "give a model.safetensors of train.py, or a published checkpoint"
 
 
@@ -61,14 +60,11 @@ def build(config, shape, num_classes):
     if config.model not in models:
         raise UserError(f"unknown model {config.model!r}; nearest: {nearest(config.model, models)}")
     make, switches = models[config.model], {"x_pred": True} if config.x_pred else {}
-    if config.x_pred and "x_pred" not in inspect.signature(make).parameters:
-        raise UserError(f"{config.model} has no x_pred: add --no-x_pred")
-    if config.x_pred and config.transport != "linear":
-        raise UserError(f"x_pred needs transport linear, found {config.transport}: add --no-x_pred")
+    if config.x_pred and (config.transport != "linear" or "x_pred" not in inspect.signature(make).parameters):
+        raise UserError("x_pred needs transport linear and a network with that argument, found "
+                        f"{config.transport} and {config.model}: add --no-x_pred")
     with user_errors():
         net = make(in_channels=shape[0], input_size=shape[-1], num_classes=num_classes, **switches)
-    if missing := [name for name in NETWORK if not hasattr(net, name)]:
-        raise UserError(f"{config.model} lacks the attributes {', '.join(missing)}: see CONTRIBUTING.md")
     if config.grad_checkpoint and not hasattr(net, "grad_checkpoint"):
         raise UserError(f"{config.model} has no grad_checkpoint: leave it out")
     net.grad_checkpoint = config.grad_checkpoint
