@@ -29,7 +29,7 @@ TESTS = {
     "config.py": "recipes resume run_folder cli", "recipes.py": "recipes", "sample.py": "fid hub cli",
     "checkpoint.py": "training faults resume run_folder cli model extras/published",
     "data.py": "data training folders",
-    "images.py": "folders data", "shapes.py": "data fid", "fid.py": "fid", "features.py": "fid",
+    "images.py": "folders data", "shapes.py": "data training fid", "fid.py": "fid", "features.py": "fid",
     "log.py": "log training run_folder cli", "optim.py": "training resume faults", "model.py": "model golden",
     "objective.py": "objective golden", "sampler.py": "sampler golden", "hubconf.py": "hub",
     "minimal.py": "minimal", "extras/latents.py": "extras/latents", "extras/scheduler.py": "extras/scheduler",
