@@ -8,9 +8,9 @@ The rules:
 2. The clock runs from the first command to the end of the last, compilation included, in an empty folder.
 3. Everything may change but shapes.py, features.py, fid.py and assets/; no weights from elsewhere.
 
-A record is the mean time of seeds 0, 1 and 2, each of which keeps rule 1. Nobody has set one yet: the time to
-beat is that of the recipes `shapes32` and `shapes32-few`, 48 minutes on one core of a Xeon with AMX, where the
-three seeds score 1.5, 2.1 and 1.4. A third of the steps is too few: 4.24, and 93.7 % recognised (seed 0).
+A record is the mean time of seeds 0, 1 and 2, each of which keeps rule 1. Nobody has set one yet. The
+time to beat is that of the recipes `shapes32` and `shapes32-few`: 48 minutes on one core of a Xeon with AMX.
+The three seeds score 1.5, 2.1 and 1.4. A third of the steps is too few: 4.24, and 93.7 % recognised (seed 0).
 """
 import json
 import os

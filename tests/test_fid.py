@@ -5,6 +5,7 @@ with other libraries.
 """
 import hashlib
 import json
+import types
 
 import numpy as np
 import pytest
@@ -414,3 +415,26 @@ def test_a_colon_in_a_path_is_kept(tmp_path):
     assert next(fid.stored_images(str(folder / "s.npz"), 9))[1].shape == (4, 3, 8, 8)
     write_folder(folder / "a:b", images_of(8, 0, 4))
     assert next(fid.stored_images(f"folder:{folder / 'a:b'}", 9))[1].shape == (4, 3, 8, 8)
+
+
+def test_learned_features_belong_to_their_images_and_classes(tmp_path, monkeypatch):
+    """Other images, or other classes, have a file of their own; the same find theirs."""
+    paths = []
+    monkeypatch.setattr(features, "train_features", lambda data, path: paths.append(path))
+    monkeypatch.setattr(features, "SmallFeatures", lambda *which: None)
+    for fingerprint, names in (("a", ["cat", "dog"]), ("b", ["cat", "dog"]), ("a", ["cat", "cow"]),
+                               ("a", ["cat", "dog"])):
+        data = types.SimpleNamespace(shape=(3, 8, 8), names=names, fingerprint=fingerprint)
+        features.small_features("pets", lambda seed, data=data: data, tmp_path)
+    assert len(set(paths)) == 3 and paths[3] == paths[0]
+
+
+def test_the_accuracy_of_features_is_that_on_held_out_images(tmp_path):
+    """Seven images, all of the class that the stream never shows."""
+    class Stream:
+        shape, names = (3, 8, 8), ["dark", "bright"]
+        __getitem__ = lambda self, k: (torch.ones(len(k), 3, 8, 8), torch.ones(len(k), dtype=torch.int64))
+        hold_out = lambda self, count: (torch.ones(7, 3, 8, 8), torch.zeros(7, dtype=torch.int64))
+    features.train_features(Stream(), tmp_path / "features.safetensors", steps=6)
+    with safe_open(tmp_path / "features.safetensors", "pt") as file:
+        assert file.metadata() == {"accuracy": "0.0000", "held_out": "7"}

@@ -179,3 +179,11 @@ def test_a_start_of_one_class_less_is_said_to_lack_the_null_row(tmp_path):
     config = Config(model="SiT-golden/2", init_from=str(tmp_path / "x.pt"))
     with pytest.raises(ValueError, match="10 classes.*11 classes.*no null row"):
         load_start(config, net, [str(k) for k in range(11)])
+
+
+@pytest.mark.parametrize("size, encoder, blocks", [("B", 8, 12), ("L", 20, 24), ("XL", 22, 28)])
+def test_the_depths_of_ddt(size, encoder, blocks):
+    """Those of arXiv 2504.05741, in which B/2 is 8 + 4, L/2 is 20 + 4, XL/2 is 22 + 6."""
+    with torch.device("meta"):
+        net = published.MODELS[f"DDT-{size}/2"](input_size=32, in_channels=4, num_classes=1000)
+    assert (net.encoder_depth, len(net.blocks)) == (encoder, blocks)

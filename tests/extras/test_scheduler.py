@@ -475,3 +475,15 @@ def test_a_step_before_its_grid_and_an_output_of_another_shape():
     scheduler.set_timesteps(3)
     with pytest.raises(ValueError, match="not like x"):     # DDPM's variances, which a pipeline splits off
         scheduler.step(torch.zeros(1, 8, 2, 2), scheduler.timesteps[0], x)
+
+
+def test_a_flow_shift_is_a_shift():
+    """UniPC has the one, the flow schedulers have the other; where a config has both, they multiply."""
+    given = [dict(shift=6.0), dict(flow_shift=6.0), dict(shift=2.0, flow_shift=3.0)]
+    grids = []
+    for how in given:
+        scheduler = UCGMScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, **how)
+        scheduler.set_timesteps(5)
+        grids.append(scheduler.sigmas)
+    assert_close(grids[1], grids[0])
+    assert_close(grids[2], grids[0])
