@@ -192,7 +192,7 @@ def class_number(text, names):
     if text.isdigit() and int(text) < len(names):
         return int(text)
     listed = textwrap.shorten(", ".join(names), 200) or "leave it out"
-    raise UserError(f"no class {text!r} of {len(names)}, numbered from 0: {listed}")
+    raise UserError(f"unknown class {text!r}; there are {len(names)}, numbered from 0: {listed}")
 
 
 # ---- noise, bytes and pages ---------------------------------------------------------------------------

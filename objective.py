@@ -227,7 +227,7 @@ class Objective:
         if null:
             y = torch.where(expand(drop, y), null(y), y)
         else:
-            drop = torch.zeros_like(drop)               # nothing can be dropped
+            drop = torch.zeros_like(drop)               # without a null class, every label stays
         t = t.clamp(1e-4, 1 - 1e-4)                     # at 0 and 1 the formulas exist only as limits
         alpha, gamma, alpha_hat, gamma_hat = transport.at(t, x)
         x_t = alpha * z + gamma * x                                                          # (B, C, H, W)

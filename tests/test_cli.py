@@ -316,7 +316,7 @@ MISTAKES = [        # script, flags, and a word that the line must have
     ("sample.py", "--ckpt text.safetensors", "text.safetensors"),
     ("sample.py", "--ckpt foreign.safetensors", "x_embedder.proj.weight"),
     ("sample.py", "--ckpt list.pt", "list"),
-    ("sample.py", "--classes 10", "of 10, numbered from 0"),
+    ("sample.py", "--classes 10", "there are 10, numbered from 0"),
     ("sample.py", "--classes thumb", "thumbs"),
     ("sample.py", "--seeds 5-x", "5-x"),
     ("sample.py", "--num 0", "num"),

@@ -367,9 +367,9 @@ def test_classes_by_number_end_at_the_last_and_can_be_forgotten(npz):
     data = open_dataset(npz, labels="none")
     assert data.names == [] and (data[np.arange(40)][1] == 0).all() and len(data) == 40
     assert (open_dataset(npz, labels="2")[np.arange(13)][1] == 0).all()
-    with pytest.raises(ValueError, match="no class '3' of 3, numbered from 0: 0, 1, 2"):
+    with pytest.raises(ValueError, match="unknown class '3'; there are 3, numbered from 0: 0, 1, 2"):
         open_dataset(npz, labels="3")
-    with pytest.raises(ValueError, match="no class '3' of 0, numbered from 0: leave it out"):
+    with pytest.raises(ValueError, match="unknown class '3'; there are 0, numbered from 0: leave it out"):
         class_number("3", [])
 
 
