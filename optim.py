@@ -25,15 +25,20 @@ def make_optimizer(config, net, dtype):
     return {"adamw": torch.optim.AdamW, "radam": RAdam}[config.optimizer](weights, **settings)
 
 
+# a x + b x^3 + c x^5, in turn: each brings the singular values that the one before leaves as near to 1 as such
+# a polynomial can, starting from 0.01 .. 1 (arXiv 2505.16932). Three do the work of Muon's usual five.
+QUINTICS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
+
+
 def orthogonal(matrices, dtype):
-    """U V^T of each matrix U S V^T (K, R, C), approximately: five steps of a quintic iteration bring all
-    singular values that are not tiny to 0.7 .. 1.2 (https://kellerjordan.github.io/posts/muon)."""
+    """U V^T of each matrix U S V^T (K, R, C), approximately: all singular values that are at least 1 % of the
+    matrix's norm become 0.73 .. 1.27."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.to(dtype).mT if tall else matrices.to(dtype)
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-    for _ in range(5):
+    for a, b, c in QUINTICS:
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 

@@ -14,6 +14,7 @@ from toys import run, states
 
 import checkpoint
 import data
+import optim
 from checkpoint import config_from, load_model
 from config import Config
 from objective import Objective
@@ -195,16 +196,31 @@ def small_net():
 def test_orthogonal_keeps_the_singular_vectors_and_evens_the_values():
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(n, 6, generator=generator))[0] for n in (9, 30))
-    for values in (torch.ones(6), torch.linspace(0.05, 3, 6), torch.tensor([1e3, 900, 800, 700, 600, 500])):
+    for values in (torch.ones(6), torch.linspace(0.05, 3, 6), torch.tensor([1e3, 900, 800, 700, 600, 500]),
+                   torch.tensor([1, 0.3, 0.1, 0.03, 0.011, 0.011])):
         for left, right in ((u, v), (v, u)):
-            for dtype, off in ((torch.bfloat16, 0.02), (torch.float32, 1e-4)):
+            for dtype, off, least in ((torch.bfloat16, 0.02, 0.65), (torch.float32, 1e-4, 0.729)):
                 x, = orthogonal((left @ values.diag() @ right.T)[None], dtype)
                 middle = left.T @ x.float() @ right
                 assert x.dtype == dtype and (middle - middle.diag().diag()).abs().max() < off
-                assert 0.65 < middle.diag().min() and middle.diag().max() < 1.25
+                assert least < middle.diag().min() and middle.diag().max() < 2 - least
 
 
-def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
+def test_the_quintics_are_the_best_of_their_kind():
+    """By equal ripples: each touches 1 + e and 1 - e in turn, four times, on the interval that the last left."""
+    low, high = 0.01, 1.0
+    for a, b, c in optim.QUINTICS:
+        x = torch.logspace(math.log10(low), math.log10(high), 100_001, dtype=torch.float64)
+        error = a * x + b * x**3 + c * x**5 - 1
+        largest = error.abs().max()
+        turns = error[(error.abs() > 0.99 * largest)].sign()
+        assert 1 + (turns[1:] != turns[:-1]).sum() == 4
+        low, high = (1 - largest).item(), (1 + largest).item()
+    assert 0.729 < low and high < 1.271
+
+
+def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest(monkeypatch):
+    monkeypatch.setattr(optim, "QUINTICS", 5 * [(3.4445, -4.7750, 2.0315)])     # torch's steps, for its result
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch before 2.9 has no Muon to compare with")
     net = small_net()
