@@ -199,7 +199,7 @@ def test_orthogonal_keeps_the_singular_vectors_and_evens_the_values():
     for values in (torch.ones(6), torch.linspace(0.05, 3, 6), torch.tensor([1e3, 900, 800, 700, 600, 500]),
                    torch.tensor([1, 0.3, 0.1, 0.03, 0.011, 0.011])):
         for left, right in ((u, v), (v, u)):
-            for dtype, off, least in ((torch.bfloat16, 0.02, 0.65), (torch.float32, 1e-4, 0.729)):
+            for dtype, off, least in ((torch.bfloat16, 0.03, 0.65), (torch.float32, 1e-4, 0.729)):
                 x, = orthogonal((left @ values.diag() @ right.T)[None], dtype)
                 middle = left.T @ x.float() @ right
                 assert x.dtype == dtype and (middle - middle.diag().diag()).abs().max() < off
