@@ -25,8 +25,8 @@ def make_optimizer(config, net, dtype):
     return {"adamw": torch.optim.AdamW, "radam": RAdam}[config.optimizer](weights, **settings)
 
 
-# a x + b x^3 + c x^5, in turn: each brings the singular values that the one before leaves as near to 1 as such
-# a polynomial can, starting from 0.01 .. 1 (arXiv 2505.16932). Three do the work of Muon's usual five.
+# a x + b x^3 + c x^5, in turn: each brings the singular values that the one before leaves as near to 1 as
+# such a polynomial can, starting from 0.01 .. 1 (arXiv 2505.16932). Three do the work of Muon's usual five.
 QUINTICS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
 
 

@@ -207,7 +207,7 @@ def test_orthogonal_keeps_the_singular_vectors_and_evens_the_values():
 
 
 def test_the_quintics_are_the_best_of_their_kind():
-    """By equal ripples: each touches 1 + e and 1 - e in turn, four times, on the interval that the last left."""
+    """By equal ripples: each touches 1 + e and 1 - e in turn, four times, where the last left the values."""
     low, high = 0.01, 1.0
     for a, b, c in optim.QUINTICS:
         x = torch.logspace(math.log10(low), math.log10(high), 100_001, dtype=torch.float64)
@@ -220,7 +220,7 @@ def test_the_quintics_are_the_best_of_their_kind():
 
 
 def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest(monkeypatch):
-    monkeypatch.setattr(optim, "QUINTICS", 5 * [(3.4445, -4.7750, 2.0315)])     # torch's steps, for its result
+    monkeypatch.setattr(optim, "QUINTICS", 5 * [(3.4445, -4.7750, 2.0315)])     # torch's polynomial
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch before 2.9 has no Muon to compare with")
     net = small_net()
