@@ -8,8 +8,8 @@ The rules:
 2. The clock runs from the first command to the end of the last, compilation included, in an empty folder.
 3. Everything may change but shapes.py, features.py, fid.py and assets/; no weights from elsewhere.
 
-A record is the mean time of seeds 0, 1 and 2, each of which keeps rule 1. RESULTS.md has them. The time to
-beat is that of the quick start with twice the steps, whose second call is moved nearer to the noise.
+A record is the mean time of seeds 0, 1 and 2, each of which keeps rule 1. RESULTS.md lists them. The time
+to beat is that of the quick start with twice the steps, and with its second call at t = .6 and rho .5.
 """
 import json
 import os
